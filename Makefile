@@ -14,8 +14,8 @@ export EDGETUNE_DATA ?= $(CURDIR)/$(VENV)/share
 # the benchmarks share the tests' models
 BENCH := PYTHONPATH=tests $(BIN)/python benchmarks
 
-.PHONY: announce demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile bench-real bench-quant tables pages lint types docs site \
-	dist clean help
+.PHONY: announce demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile bench-real bench-quant \
+	bench-adapters bench-guard tables pages lint types docs site dist clean help
 
 help:           ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -74,6 +74,12 @@ bench-real: $(VENV)/.onnx  ## export models at the sizes people use, and time th
 
 bench-quant: $(VENV)/.test $(VENV)/.onnx  ## quantize trained models each way: quality, size, speed beside onnxruntime and OpenVINO (hours)
 	$(BENCH)/bench_quant.py; first=$$?; $(BENCH)/bench_quant_speed.py && exit $$first
+
+bench-adapters: $(VENV)/.test  ## compare adapter families with LoRA and full fine-tuning: quality, memory, time, size (hours)
+	$(BENCH)/bench_adapters.py
+
+bench-guard: $(VENV)/.test  ## train a guard on SmolLM2: AUROC, parameters added, tokens as before (half an hour)
+	$(BENCH)/bench_guard.py
 
 lint: $(VENV)/.dev  ## run ruff
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

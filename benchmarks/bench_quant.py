@@ -12,71 +12,24 @@ Exit code 1 where something held to is missed.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import json
 import shutil
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from bench_real import exit_with, write_results
-from quant_models import TASKS, Task
+from method_rows import ROOT, Row, Table, Verdict, file_name, run
+from quant_methods import AS_UNIFORM, FLOAT, Steps, methods_of, names_of
+from quant_models import TASKS
 from quant_others import others_of
+from quant_verdicts import verdicts
 
 from edgetune.run.environment import installed_versions
 
-ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "runs" / "bench-quant"
 OUT = ROOT / "docs" / "bench-quant.json"
 MIB = 2**20
-Row = dict[str, Any]
-Steps = list[dict[str, Any]]
-
-FLOAT = "fp32"
-
-
-def methods_of(task: Task) -> dict[str, Steps]:
-    """The steps of every method that suits a model, by its name in the table."""
-    wide = {"int8_linears": list(task.wide)} if task.wide else {}
-
-    def int4(**settings: Any) -> dict[str, Any]:
-        return {"int4": {**wide, **settings}}
-
-    methods: dict[str, Steps] = {FLOAT: []}
-    if task.kind == "image":
-        observers = ("minmax", "percentile", "mse", "entropy")
-        methods |= {f"int8 {observer}": [{"int8": {"observer": observer}}] for observer in observers}
-        methods |= {
-            "int8 auto": [{"int8": {"observer": "auto"}}],
-            "int8 auto, biases": [{"int8": {"observer": "auto", "bias_correction": True}}],
-        }
-        return methods
-    methods["int8_dynamic"] = [{"int8_dynamic": {}}]
-    methods["int4 smallest"] = [int4(preset="smallest")]
-    methods["int4 gptq g32, 4-bit tables"] = [int4(algorithm="gptq", embeddings="int4")]
-    for group, name in ((32, "g32"), ("channel", "channel")):
-        for algorithm in ("absmax", "mse", "awq", "gptq"):
-            methods[f"int4 {algorithm} {name}"] = [int4(group_size=group, algorithm=algorithm)]
-        gptq = int4(group_size=group, algorithm="gptq")
-        methods[f"smooth, int4 gptq {name}"] = [{"smooth": {}}, gptq]
-        if task.kind == "language":
-            methods[f"rotate, int4 gptq {name}"] = [{"rotate": {}}, gptq]
-        training = {"train": task.qat}
-        methods[f"qat, int4 {name}"] = [{"qat": {"distill": 1.0}}, training, int4(group_size=group)]
-    methods["quik"] = [{"quik": {}}]
-    for average in (4.5, 5.0):  # 4.5: as large as int4 in groups of 32
-        methods[f"bits {average}"] = [{"bits": {"average_bits": average}}]
-    return methods
-
-
-def names_of(name: str) -> list[str]:
-    """Every row of a model's table."""
-    return [*methods_of(TASKS[name]), *others_of(TASKS[name].kind, name)]
 
 
 # In a process of its own
@@ -93,7 +46,7 @@ class Bench:
         torch.set_num_threads(1)
         self.name, self.seed, self.task = name, seed, TASKS[name]
         self.fold = self.prepare([*self.task.train])
-        trained = WORK / f"{_file_name(name)}-{seed}.pt"
+        trained = WORK / f"{file_name(name)}-{seed}.pt"
         if trained.exists():
             self.model = torch.load(trained, weights_only=False)
         else:
@@ -107,7 +60,7 @@ class Bench:
         """A recipe of these steps, with model and data loaded."""
         from edgetune.run.fold import Fold
 
-        self.folder = WORK / f"{_file_name(self.name)}-{self.seed}"
+        self.folder = WORK / f"{file_name(self.name)}-{self.seed}"
         shutil.rmtree(self.folder, ignore_errors=True)  # with the checkpoints of an earlier run
         self.folder.mkdir(parents=True)
         return Fold(self.recipe(steps), self.folder, resume=False, progress=lambda *_: None, record=False)
@@ -129,8 +82,7 @@ class Bench:
         from edgetune.quant.size import stored_bytes
         from edgetune.run import reuse
 
-        steps = methods_of(self.task)[method]
-
+        steps = self.with_sizes(methods_of(self.task)[method])
         fold = copy.copy(self.fold)
         fold.recipe = self.recipe(steps)
         fold.digests = reuse.step_digests(fold.recipe)
@@ -146,6 +98,17 @@ class Bench:
             row["compared"] = {c.name: c.kl for c in allocation.compared}
         return row if self.seed else {**row, **self.exported(fold)}
 
+    def with_sizes(self, steps: Steps) -> Steps:
+        """The same steps, with the size of the model in uniform 4 bits where one asks for it."""
+        import edgetune as et
+        from edgetune.quant.size import stored_bytes
+
+        if not any(AS_UNIFORM in settings.values() for step in steps for settings in step.values()):
+            return steps
+        wide = tuple(self.task.wide)
+        uniform = et.apply(copy.deepcopy(self.model), et.Int4(algorithm="absmax", embeddings="int4", int8_linears=wide))
+        return [{"bits": {"size_mib": stored_bytes(uniform) / MIB}}]
+
     def exported(self, fold: Any) -> Row:
         """What its program is. The seeds' programs are alike, so one is enough."""
         fold.export()
@@ -159,7 +122,7 @@ class Bench:
     def row_of_others(self, method: str, quantize: Any) -> Row:
         """What another library makes of it."""
         begun = time.process_time()
-        model, file = quantize(copy.deepcopy(self.model), self.fold.train_split, self.folder / _file_name(method))
+        model, file = quantize(copy.deepcopy(self.model), self.fold.train_split, self.folder / file_name(method))
         seconds = time.process_time() - begun
         row = {**self.quality_of(model), "cpu_s": seconds, "file_mib": file.stat().st_size / MIB}
         file.unlink()
@@ -177,127 +140,6 @@ class Bench:
         shift = shift_between(self.before, after)
         value = split.task.quality(batches, split.rows).value
         return {"quality": value, "kl": shift.kl_divergence, "flips_pct": shift.changed_pct}
-
-
-def _file_name(name: str) -> str:
-    return "-".join("".join(c if c.isalnum() or c == "." else " " for c in name).lower().split())
-
-
-def worker_main(name: str, seed: int, methods: Sequence[str]) -> None:
-    """Print a row for each method of one model, as it is made."""
-    from edgetune.core.errors import EdgetuneError
-
-    bench = Bench(name, seed)
-    for method in methods:
-        try:
-            result = bench.row(method)
-        except (EdgetuneError, ImportError) as error:
-            result = {"failed": str(error)}
-        print("\n" + json.dumps({"model": name, "seed": seed, "method": method, **result}), flush=True)
-
-
-# The benchmark
-
-
-def rows_from_worker(name: str, seed: int, methods: Sequence[str]) -> Iterator[Row]:
-    """The rows of one model and seed, as its process prints them."""
-    command = [sys.executable, __file__, "--worker", json.dumps([name, seed, list(methods)])]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as child:
-        assert child.stdout is not None
-        for line in child.stdout:
-            if line.startswith('{"model"'):
-                yield json.loads(line)
-    if child.returncode:
-        print(f"{name}, seed {seed}: the process ended with {child.returncode}", file=sys.stderr)
-
-
-class Table:
-    """The rows, with what is asked of them."""
-
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = [row for row in rows if "failed" not in row]
-
-    def values(self, model: str, method: str, figure: str) -> list[float]:
-        """A figure with each seed."""
-        rows = [row for row in self.rows if (row["model"], row["method"]) == (model, method)]
-        return [row[figure] for row in rows if figure in row]
-
-    def mean(self, model: str, method: str, figure: str) -> float | None:
-        """Its mean; `None` where it was not measured."""
-        values = self.values(model, method, figure)
-        return statistics.mean(values) if values else None
-
-    def ratio(self, model: str, method: str, other: str, figure: str) -> float | None:
-        """One method's mean over another's."""
-        one, two = self.mean(model, method, figure), self.mean(model, other, figure)
-        return None if one is None or two is None else one / two
-
-
-Verdict = tuple[bool, str]
-
-
-def verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """What the whole is held to."""
-    table, checks = Table(rows), list[Verdict]()
-    of_text = [name for name, task in TASKS.items() if task.kind != "image"]
-
-    def at_most(value: float | None, limit: float, text: str) -> None:
-        if value is not None:
-            checks.append((value <= limit, f"{text}: {value:.3g} (at most {limit:g})"))
-
-    for name in of_text:
-        gptq = table.ratio(name, "int4 gptq g32", "int4 absmax g32", "kl")
-        at_most(gptq, 0.6, f"{name}: KL of gptq over absmax, groups of 32")
-        channel = table.ratio(name, "int4 gptq channel", "int4 absmax g32", "kl")
-        at_most(channel, 1.0, f"{name}: KL of gptq per channel over absmax in groups of 32")
-        at_most(table.ratio(name, "bits 4.5", "int4 gptq g32", "kl"), 0.8, f"{name}: KL of bits 4.5 over uniform gptq")
-        recovered = table.ratio(name, "qat, int4 channel", "int4 absmax channel", "kl")
-        at_most(recovered, 0.5, f"{name}: KL after qat over absmax, per channel")
-    for name, method, limit in (("small GPT", None, 1.02), ("small GPT", "qat", 1.01), ("SmolLM2", None, 1.05)):
-        best = _best_perplexity(table, name, method)
-        if best is not None:
-            method_name, value = best
-            at_most(value, limit, f"{name}: perplexity of {method_name} over the float model's")
-    small = "int4 gptq g32, 4-bit tables"
-    for name, method in (("MiniLM", small), ("EfficientNet-Lite0", "int8 auto, biases")):
-        whole, rounded = table.mean(name, FLOAT, "quality"), table.mean(name, method, "quality")
-        if whole is not None and rounded is not None:
-            at_most(whole - rounded, 0.3, f"{name}: points lost by {method}")
-    at_most(table.ratio("MiniLM", small, FLOAT, "file_mib"), 1 / 6.5, f"MiniLM: size of {small} over fp32's")
-    checks += [verdict for name in of_text for verdict in _beside_random(table, name)]
-    ours, theirs = _best_perplexity(table, "SmolLM2", None), table.mean("SmolLM2", "llama.cpp Q4_K_M", "quality")
-    whole = table.mean("SmolLM2", FLOAT, "quality")
-    if ours and theirs and whole:
-        at_most(ours[1] * whole / theirs, 1.0, f"SmolLM2: perplexity of {ours[0]} over llama.cpp's Q4_K_M")
-    for row in table.rows:
-        if row["model"] in of_text and {"stored_mib", "file_mib"} <= row.keys():
-            off = abs(row["file_mib"] / row["stored_mib"] - 1)
-            if off > 0.02:
-                checks.append((False, f"{row['model']} {row['method']}: size is {100 * off:.1f} % off the arithmetic"))
-    return checks
-
-
-def _beside_random(table: Table, name: str) -> list[Verdict]:
-    """Whether allocations of `bits` are ahead of random ones of their size with every seed, rounded alike."""
-    checks = []
-    for method in methods_of(TASKS[name]):
-        seeds: list[Any] = table.values(name, method, "compared")
-        if seeds:
-            own, chance, uniform = ([seed[of] for seed in seeds] for of in ("this", "random", "uniform"))
-            text = "KL x 1000 of {}, held-out batches: {:.2f}, random {:.2f} to {:.2f}, uniform {:.2f}".format(
-                method, *(1000 * x for x in (statistics.mean(own), min(chance), max(chance), statistics.mean(uniform)))
-            )
-            checks.append((max(own) < min(chance), f"{name}: {text}"))
-    return checks
-
-
-def _best_perplexity(table: Table, name: str, method: str | None) -> tuple[str, float] | None:
-    """The method that begins so, or any without training, with the least perplexity, over that of the float model."""
-    names = [m for m in methods_of(TASKS[name]) if m.startswith(method or "int4") or (not method and "int4" in m)]
-    names = [m for m in names if method or not m.startswith("qat")]
-    ratios = [(m, table.ratio(name, m, FLOAT, "quality")) for m in names]
-    measured = [(m, ratio) for m, ratio in ratios if ratio is not None]
-    return min(measured, key=lambda pair: pair[1]) if measured else None
 
 
 def document(rows: Sequence[Row], checks: Sequence[Verdict]) -> str:
@@ -332,53 +174,24 @@ def _line(table: Table, name: str, method: str) -> str:
     def mean(figure: str) -> float:
         return statistics.mean(table.values(name, method, figure))
 
-    def spread(figure: str, factor: float = 1.0, digits: int = 2) -> str:
-        values = [factor * value for value in table.values(name, method, figure)]
-        return f"{statistics.mean(values):.{digits}f} | {min(values):.{digits}f} to {max(values):.{digits}f}"
-
     differences = table.values(name, method, "difference")
     difference = f"{max(differences):.1e}" if differences else ""
     return (
-        f"| {method} | {spread('quality')} | {spread('kl', 1000)} | {mean('flips_pct'):.2f} | {mean('file_mib'):.2f} | "
-        f"{difference} | {mean('cpu_s'):.0f} |"
+        f"| {method} | {table.spread(name, method, 'quality')} | {table.spread(name, method, 'kl', 1000)} | "
+        f"{mean('flips_pct'):.2f} | {mean('file_mib'):.2f} | {difference} | {mean('cpu_s'):.0f} |"
     )
+
+
+def summarize(rows: Sequence[Row]) -> tuple[list[Verdict], str]:
+    """Verdicts and page."""
+    checks = verdicts(rows)
+    return checks, document(rows, checks)
 
 
 def main() -> None:
     """Train, quantize, measure and write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--models", default=",".join(TASKS))
-    parser.add_argument("--methods", default="")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--keep", action="store_true")
-    parser.add_argument("--out", type=Path, default=OUT)
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.worker:
-        worker_main(*json.loads(given.worker))
-        return
-    unknown = sorted(set(given.models.split(",")) - set(TASKS))
-    if unknown:
-        parser.error(f"unknown: {', '.join(unknown)}; allowed: {', '.join(TASKS)}")
-    rows: list[Row] = json.loads(given.out.read_text())["rows"] if given.keep and given.out.exists() else []
-    rows = [row for row in rows if "failed" not in row]
-    for seed in range(given.seeds):
-        for name in given.models.split(","):
-            wanted = [m for m in names_of(name) if not given.methods or m in given.methods.split(";")]
-            made = {row["method"] for row in rows if (row["model"], row["seed"]) == (name, seed)}
-            missing = [method for method in wanted if method not in made]
-            for row in rows_from_worker(name, seed, missing) if missing else ():
-                rows.append(row)
-                print(json.dumps(row), file=sys.stderr, flush=True)
-                write(rows, given.out)
-    exit_with(write(rows, given.out))
-
-
-def write(rows: Sequence[Row], out: Path) -> list[Verdict]:
-    """Write the figures and the page."""
-    checks = verdicts(rows)
-    write_results(out, rows, checks, document(rows, checks))
-    return checks
+    methods = {name: names_of(name) for name in TASKS}
+    run(__file__, (__doc__ or "").splitlines()[0], methods, lambda name, seed: Bench(name, seed).row, OUT, summarize)
 
 
 if __name__ == "__main__":

@@ -211,7 +211,8 @@ FAMILIES_INTRODUCTION = """# Adapter families
 
 Made by `make tables`. Beside `lora`, these families of peft are techniques: a step of a recipe, and a class of
 `edgetune` with the same settings. Their names are peft's, except `targets`, `skip`, `also_train`, `depth` and `rank`,
-which all adapters share. [Recipes](recipes.md) lists the settings of each.
+which all adapters share. [Recipes](recipes.md) lists the settings of each, and
+[the benchmark](bench-adapters.md) compares some with LoRA and full fine-tuning.
 
 ```python
 model = et.apply(model, [et.LoHa(rank=8, targets=["*.query", "*.value"], depth="last-4")])

@@ -47,7 +47,10 @@ __all__ = [
     "LoHa",
     "LoKr",
     "LoRA",
+    "LoRAGuard",
+    "Lock",
     "MiSS",
+    "Offsets",
     "Outliers",
     "PEANuT",
     "PVeRA",
@@ -75,6 +78,7 @@ __all__ = [
     "VeRA",
     "WaveFT",
     "apply",
+    "contrastive_loss",
     "evaluate",
     "export",
     "export_language",
@@ -83,6 +87,8 @@ __all__ = [
     "finalize",
     "generate",
     "load_adapter",
+    "load_guard",
+    "locked_features",
     "open_run",
     "penalty",
     "predict",
@@ -90,6 +96,7 @@ __all__ = [
     "pull",
     "run",
     "save_adapter",
+    "save_guard",
     "split_tasks",
     "train_pte",
 ]
@@ -133,8 +140,11 @@ if TYPE_CHECKING:
     from edgetune.adapt.files import save_adapter
     from edgetune.adapt.glora import GLoRA
     from edgetune.adapt.glora_search import GLoRASearch
+    from edgetune.adapt.guard_files import load_guard, save_guard
     from edgetune.adapt.loading import load_adapter
+    from edgetune.adapt.lock import Lock, locked_features
     from edgetune.adapt.lora import LoRA
+    from edgetune.adapt.lora_guard import LoRAGuard
     from edgetune.adapt.perft import PERFT
     from edgetune.adapt.poly import Poly, split_tasks
     from edgetune.adapt.prompt import Prompt
@@ -157,6 +167,7 @@ if TYPE_CHECKING:
     from edgetune.quant.int8 import Int8
     from edgetune.quant.int8_dynamic import Int8Dynamic
     from edgetune.quant.nf4 import NF4
+    from edgetune.quant.offsets import Offsets
     from edgetune.quant.outliers import Outliers
     from edgetune.quant.palettize import Palettize
     from edgetune.quant.qat import QAT
@@ -171,6 +182,7 @@ if TYPE_CHECKING:
     from edgetune.runtime.generating import generate
     from edgetune.runtime.training import train_pte
     from edgetune.sparse.update import SparseUpdate
+    from edgetune.tasks.pairs import contrastive_loss
     from edgetune.train.settings import Train
 else:
     import importlib
@@ -189,7 +201,10 @@ else:
         "Int8Dynamic": "quant.int8_dynamic",
         "Lean": "lean.technique",
         "LoRA": "adapt.lora",
+        "LoRAGuard": "adapt.lora_guard",
+        "Lock": "adapt.lock",
         "NF4": "quant.nf4",
+        "Offsets": "quant.offsets",
         "Outliers": "quant.outliers",
         "Palettize": "quant.palettize",
         "QAT": "quant.qat",
@@ -209,6 +224,7 @@ else:
         "Ternary": "quant.ternary",
         "Train": "train.settings",
         "apply": "core.apply",
+        "contrastive_loss": "tasks.pairs",
         "evaluate": "run.predicting",
         "export": "export",
         "export_language": "export.language",
@@ -217,6 +233,8 @@ else:
         "finalize": "core.apply",
         "generate": "runtime.generating",
         "load_adapter": "adapt.loading",
+        "load_guard": "adapt.guard_files",
+        "locked_features": "adapt.lock",
         "open_run": "run.finished",
         "penalty": "core.apply",
         "predict": "run.predicting",
@@ -224,6 +242,7 @@ else:
         "pull": "export.training.pull",
         "run": "run.pipeline",
         "save_adapter": "adapt.files",
+        "save_guard": "adapt.guard_files",
         "split_tasks": "adapt.poly",
         "train_pte": "runtime.training",
     }

@@ -237,6 +237,8 @@ def _read_manifest(path: Path, digest: str) -> Beside | None:
     except EdgetuneError as error:
         return Beside(path=str(path), problem=f"{error.what}; {error.action}")
     several = manifest.kind == "methods"
+    main = manifest.training.parity if manifest.training is not None else manifest.main.parity
+    guard = () if manifest.guard is None else (f"guard: {_format_parity(manifest.guard.call.parity)}",)
     return Beside(
         path=str(path),
         checksum_ok=manifest.sha256 == digest,
@@ -246,7 +248,7 @@ def _read_manifest(path: Path, digest: str) -> Beside | None:
         delegated_macs_pct=None if several else manifest.main.delegated_macs_pct,
         parity="; ".join(f"{call.name}: {_format_parity(call.parity)}" for call in manifest.calls)
         if several
-        else _format_parity(manifest.training.parity if manifest.training is not None else manifest.main.parity),
+        else "; ".join((_format_parity(main), *guard)),
         note="; ".join(filter(None, (manifest.note, _describe_data(path, manifest.data)))),
         adapters=_describe_adapters(path, manifest),
     )

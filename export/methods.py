@@ -66,7 +66,7 @@ def export_methods(
             function = None if method is owner else method.__func__  # type: ignore[attr-defined]
             module = MethodModule(name, plain, function, example)
             free, checks = (dynamic or {}).get(name), (check_inputs or {}).get(name)
-            requests.append(_make_request(module, example, checks, free))
+            requests.append(make_request(module, example, checks, free))
         lowered = lower_methods({r.module.name: (r.module, r.inputs.example, r.axes) for r in requests}, chosen, layout)
 
         first = next(iter(lowered.values()))
@@ -76,7 +76,7 @@ def export_methods(
             calls = []
             for request in requests:
                 name = request.module.name
-                parity, outputs = _prove(partial, request, chosen, data, max_relative_difference)
+                parity, outputs = prove_method(partial, request, chosen, data, max_relative_difference)
                 specs = specs_of(outputs[0], request.outputs, outputs[1] if request.axes else None)
                 calls.append(call_of(name, lowered[name], request.inputs.specs, specs, parity, io_in_plan=io_in_plan))
             return manifest_of("methods", first, tuple(calls), chosen, device, path)
@@ -122,9 +122,10 @@ class MethodRequest:
     axes: tuple[Axis, ...]
 
 
-def _make_request(
+def make_request(
     module: MethodModule, example: Inputs, checks: Sequence[Inputs] | None, dynamic: Dynamic | None
 ) -> MethodRequest:
+    """The method with its inputs, which are checked."""
     try:
         axes = axes_of(dynamic or {}, names_of(example), tensors_of(example))
         inputs = prepare_inputs(example, checks, axes, one_row=False)
@@ -154,7 +155,7 @@ def _owner(name: str, method: Method) -> nn.Module:
     return owner
 
 
-def _prove(
+def prove_method(
     partial: Path, request: MethodRequest, target: Target, data: Path | None, allowed: float | None
 ) -> tuple[Parity | None, list[Row]]:
     """Parity and the outputs of each row; without parity, of the first two rows, if the target cannot run here."""

@@ -37,6 +37,7 @@ from edgetune.program.carried import Carried, ScaledValue, write_tokenizer
 from edgetune.program.manifest import (
     AdaptersSpec,
     Call,
+    GuardSpec,
     LanguageSpec,
     Manifest,
     MemoryPlan,
@@ -267,6 +268,7 @@ def manifest_of(
     language: LanguageSpec | None = None,
     training: TrainingSpec | None = None,
     adapters: AdaptersSpec | None = None,
+    guard: GuardSpec | None = None,
     note: str = "",
 ) -> Manifest:
     """The manifest of the lowered program that will be at `path`, with these calls and sections."""
@@ -286,5 +288,6 @@ def manifest_of(
         language=language,
         training=training,
         adapters=adapters,
+        guard=guard,
         calls=calls,
     )

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import edgetune as et
+from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import call, logits_of
 from edgetune.core.technique import Technique
 from edgetune.recipe import recipe
@@ -147,6 +148,12 @@ def test_int4_calibrates_on_training_rows_in_the_run_and_not_in_its_rehearsal(fo
     rounded = et.apply(begun(chosen, folder).model, et.Int4(algorithm="absmax"))
     codes = [model.bert.encoder.layer[1].output.dense.weight.qdata for model in (by_gptq.model, rounded)]  # type: ignore[index, union-attr]
     assert float((codes[0] != codes[1]).float().mean()) > 0.05
+
+
+def test_a_learning_rate_ratio_without_lora_is_refused_before_the_training(folder: Path) -> None:
+    chosen = read("\n  - sparse-update: {scheme: last-1}\n  - train: {updates: 1, learning_rate_ratio: 16}")
+    with pytest.raises(EdgetuneError, match=r"step 2, train.* no B matrix .*\(found before any training\)"):
+        begun(chosen, folder).rehearse()
 
 
 def test_a_technique_gets_as_many_batches_as_it_asks_for(folder: Path) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from edgetune.adapt.lora import LoRA
+from edgetune.core.apply import apply
 from edgetune.core.errors import EdgetuneError
 from edgetune.train import optimizer as optimizers
 from edgetune.train.loop import TrainResult, train
@@ -42,6 +44,11 @@ def net() -> nn.Sequential:
     model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16), nn.ReLU(), nn.Linear(16, 3))
     model[2].weight.requires_grad_(False)
     return model
+
+
+def adapted() -> nn.Module:
+    """The same net with LoRA on two layers and its last layer trained whole."""
+    return LoRA(rank=32, targets=("0", "2"), also_train=("4",)).apply(net().requires_grad_(True))
 
 
 def trained(folder: Path | None = None, resume: bool = False, **settings: Any) -> tuple[nn.Module, TrainResult]:
@@ -101,9 +108,82 @@ def test_8_bit_state_is_resumed_with_the_same_bits(tmp_path: Path) -> None:
     assert same_bits(model, whole)
 
 
+OPTIMIZERS = [{}, {"optimizer": "sgd"}, {"state_bits": 8}, {"in_backward": True}]
+
+
+def change(before: nn.Module, after: nn.Module) -> dict[str, Tensor]:
+    """How far each parameter moved that did."""
+    old = dict(before.named_parameters())
+    moved = {name: (value - old[name]).detach() for name, value in after.named_parameters()}
+    return {name: by for name, by in moved.items() if by.any()}
+
+
+@pytest.mark.parametrize("settings", OPTIMIZERS)
+def test_b_matrices_learn_faster_by_the_ratio_and_nothing_else_does(settings: dict[str, Any]) -> None:
+    moved = {}
+    for ratio in (1, 8):
+        model = adapted()
+        rates = {"learning_rate": 1e-3, "learning_rate_ratio": ratio, "warmup_pct": 0.0, "weight_decay": 0.0}
+        whole = Train(updates=1, batch_size=16, clip_norm=None, **rates, **settings)
+        losses = train(model, whole, Points(), functional.cross_entropy, seed=0).losses
+        assert losses[0].learning_rate == 1e-3
+        moved[ratio] = change(adapted(), model)
+    b = {name for name in moved[1] if ".lora_B." in name}
+    assert len(b) == 2
+    assert {"4.weight", "4.bias"} <= moved[1].keys() - b
+    assert moved[1].keys() == moved[8].keys()
+    for name, by in moved[1].items():
+        torch.testing.assert_close(moved[8][name], (8 if name in b else 1) * by, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("settings", OPTIMIZERS)
+def test_a_training_with_a_ratio_resumes_with_the_same_bits(tmp_path: Path, settings: dict[str, Any]) -> None:
+    def interrupted(done: int, *_: object) -> None:
+        if done == 4:
+            raise InterruptedError
+
+    whole = Train(
+        updates=9, batch_size=16, clip_norm=None, learning_rate_ratio=16, checkpoint_every=2, **settings
+    )  # fmt: skip
+    with pytest.raises(InterruptedError):
+        train(adapted(), whole, Points(), functional.cross_entropy, seed=0, folder=tmp_path, progress=interrupted)
+    other = whole.model_copy(update={"learning_rate_ratio": 8.0})
+    with pytest.raises(EdgetuneError, match=r"'learning_rate_ratio': 8\.0"):
+        train(adapted(), other, Points(), functional.cross_entropy, seed=0, folder=tmp_path, resume=True)
+    resumed, straight = adapted(), adapted()
+    result = train(resumed, whole, Points(), functional.cross_entropy, seed=0, folder=tmp_path, resume=True)
+    assert result.resumed_from == 2
+    train(straight, whole, Points(), functional.cross_entropy, seed=0)
+    assert same_bits(resumed, straight)
+    plain = adapted()
+    train(plain, whole.model_copy(update={"learning_rate_ratio": 1.0}), Points(), functional.cross_entropy, seed=0)
+    assert not same_bits(plain, straight)
+
+
+def test_b_matrices_of_convolutions_learn_faster_and_those_of_embeddings_do_not() -> None:
+    class Layers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.table = nn.Conv2d(3, 4, 3), nn.Embedding(5, 4)
+
+    model = LoRA(rank=2, targets=("conv", "table")).apply(Layers())
+    faster = optimizers.faster_parameters(Train(learning_rate_ratio=4), model)
+    names = {name for name, value in model.named_parameters() if any(value is p for p in faster)}
+    assert names == {"conv.lora_B.default.weight"}
+
+
+def test_a_ratio_without_a_b_matrix_raises() -> None:
+    settings = Train(updates=1, learning_rate_ratio=16)
+    for model in (net(), apply(net(), LoRA(rank=2, targets=("0",))).requires_grad_(False)):
+        model[4].requires_grad_(True)
+        with pytest.raises(EdgetuneError, match="no B matrix of a LoRA is trainable"):
+            train(model, settings, Points(), functional.cross_entropy, seed=0)
+
+
 @pytest.mark.parametrize(
     ("settings", "what"),
     [
+        ({"learning_rate_ratio": 0.5}, "learning_rate_ratio"),
         ({"in_backward": True}, "clip_norm: null"),
         ({"in_backward": True, "clip_norm": None, "accumulate": 2}, "accumulate: 1"),
         ({"optimizer": "sgd", "state_bits": 8}, "sgd has no"),

@@ -22,7 +22,7 @@ from edgetune.quant.outliers import Outliers
 from edgetune.quant.quik import Quik
 from edgetune.quant.size import parameter_count, weight_bits
 from edgetune.quant.smooth import Smooth
-from edgetune.quant.split import OutlierLinear, SplitLinear
+from edgetune.quant.split import SmallPart, SplitLinear
 from support.laws import llama, logits, tokens
 
 torch.set_num_threads(1)
@@ -120,7 +120,7 @@ def test_a_layer_that_no_batch_reaches_stays_whole_and_is_named() -> None:
         model = apply(Idle().eval(), Outliers(), Sample.of(rows()))
     assert caught[0].filename == __file__
     assert type(model.idle) is nn.Linear
-    assert sum(isinstance(module, OutlierLinear) for module in model.modules()) == 2
+    assert sum(isinstance(module, SmallPart) for module in model.modules()) == 2
 
 
 def test_a_layer_that_shares_its_weight_stays_whole_and_is_named() -> None:

@@ -372,3 +372,15 @@ def test_the_head_that_a_preset_finds_must_be_written() -> None:
         technique = et.QAT(**written).adapt_to([later])  # type: ignore[arg-type]
         assert isinstance(technique, et.QAT)
         assert (technique.int8_linears, technique.algorithm) == (("classifier",), "gptq")
+
+
+def test_int4_after_it_has_nothing_to_calibrate() -> None:
+    model = et.apply(mlp(), et.QAT())
+    fit(model, vectors())
+
+    def no_batches() -> Any:
+        raise AssertionError("weights on the grid need no calibration")
+
+    computed = logits(model.eval(), vectors())
+    rounded = et.apply(model, et.Int4(algorithm="gptq"), et.Sample(vectors(), no_batches))
+    torch.testing.assert_close(logits(rounded, vectors()), computed, rtol=0, atol=0)

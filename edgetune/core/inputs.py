@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
 
+_LOGITS = ("logits", "logits_per_image", "logits_per_audio")  # of one tower, or of two, by transformers' names
 Inputs = Union[Tensor, "tuple[Tensor, ...]", "dict[str, Tensor]"]
 
 
@@ -22,10 +23,12 @@ def call(model: nn.Module, inputs: Inputs) -> Any:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: a tensor, the value named `logits`, or the first of a tuple."""
+    """The logits in a model's output: a tensor, the value named `logits`, of two towers that of the pairs, or the first
+    of a tuple."""
     if isinstance(output, Tensor):
         return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    named = (output.get(name) if isinstance(output, Mapping) else getattr(output, name, None) for name in _LOGITS)
+    logits = next((value for value in named if value is not None), None)
     if logits is None and isinstance(output, (tuple, list)) and output:
         logits = output[0]
     if not isinstance(logits, Tensor):

@@ -30,6 +30,7 @@ SETTINGS = {  # peft, transformers, torch, ultralytics, torch-pruning, torchao -
     "lr": ("learning_rate",),
     "lr0": ("learning_rate",),
     "learningrate": ("learning_rate",),
+    "loraplus_lr_ratio": ("learning_rate_ratio",),
     "bs": ("batch_size",),
     "batch": ("batch_size",),
     "batchsize": ("batch_size",),

@@ -39,6 +39,15 @@ def is_tuner(layer: nn.Module) -> bool:
     return module is not None and isinstance(layer, module.BaseTunerLayer)
 
 
+def b_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The trainable second factors `(out, rank)` of LoRA's linears and convolutions.
+
+    Embeddings have none: their factors are called otherwise, and the first is the one that starts at zero.
+    """
+    parameters = [(name.split("."), p) for name, p in model.named_parameters() if p.requires_grad and p.dim() >= 2]
+    return [parameter for path, parameter in parameters if "lora_B" in path]
+
+
 def is_peft_model(model: nn.Module) -> bool:
     """Whether it is peft's own model, which wraps another."""
     module = sys.modules.get("peft.peft_model")

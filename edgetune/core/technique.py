@@ -128,12 +128,14 @@ class Technique(StepSettings):
     """Settings of a technique. Subclasses define `name`, `takes`, `leaves` and `apply`; most need nothing else.
 
     No technique names another one. `exact`: `apply` does not change the outputs of the model. `continues`: a model
-    that it leaves can continue a text token by token, as a text-generation program does.
+    that it leaves can continue a text token by token, as a text-generation program does. `guards`: it takes a language
+    model, and returns a classifier of texts with the language model inside.
     """
 
     takes: ClassVar[Trait] = Trait.PLAIN
     exact: ClassVar[bool] = False
     continues: ClassVar[bool] = True
+    guards: ClassVar[bool] = False
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Change `model` in place, and return it or the module that replaces it."""

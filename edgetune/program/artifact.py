@@ -100,7 +100,8 @@ class Artifact:
         types differ from those in the manifest, for an adapter of another base, and for a program that keeps a cache or
         state between calls.
         """
-        if self.manifest.kind not in ("model", "methods"):
+        guard = self.manifest.guard
+        if self.manifest.kind not in ("model", "methods") and (guard is None or method != guard.call.name):
             raise wrong_kind_error(self.path, self.manifest.kind, "model")
         self.check_runtime()
         call = self.manifest.call(method)

@@ -54,6 +54,7 @@ def format_card(name: str, manifest: Manifest, ledger: Ledger | None = None) -> 
         _section("Outputs", postprocessing(carried)),
         _section("Program", _program(manifest)),
         _section("Adapters", _adapters(manifest)),
+        _section("Guard", _guard(manifest)),
         *(_run(ledger) if ledger is not None else ()),
         _section("Notes", dict.fromkeys((*carried.notes, *(ledger.notes if ledger is not None else ())))),
         _section("Versions", [f"{package} {version}" for package, version in manifest.versions.items()]),
@@ -178,6 +179,16 @@ def _adapters(manifest: Manifest) -> list[str]:
         proof = f": {_values(one.parity)}" if one.parity is not None else ""
         lines.append(f"`{one.name}` in `{one.file}`, {format_size(one.size_bytes)}, rank {one.rank}{proof}")
     return lines
+
+
+def _guard(manifest: Manifest) -> list[str]:
+    """What the method `guard` takes and returns."""
+    if manifest.guard is None:
+        return []
+    call, carried = manifest.guard.call, manifest.guard.carried
+    proof = [f"compared with the model: {_values(call.parity)}"] if call.parity is not None else []
+    method = f"the method `{call.name}`, over the same weights, takes {', '.join(map(str, call.inputs))}"
+    return [method, *preprocessing(carried), *postprocessing(carried), *proof]
 
 
 def _values(parity: Parity) -> str:

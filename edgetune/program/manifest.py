@@ -195,6 +195,16 @@ class AdaptersSpec(Record):
         return adapter_inputs(self.layers) if self.form == "inputs" else ()
 
 
+class GuardSpec(Record):
+    """The part of the manifest for the method `guard` of a text-generation program: a classifier of texts.
+
+    `carried` is about this method alone: how a text becomes its inputs, and what its outputs mean.
+    """
+
+    call: Call
+    carried: Carried
+
+
 class Manifest(Record):
     """The content of `model.json`."""
 
@@ -212,6 +222,7 @@ class Manifest(Record):
     language: LanguageSpec | None = None
     training: TrainingSpec | None = None
     adapters: AdaptersSpec | None = None
+    guard: GuardSpec | None = None
     calls: tuple[Call, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -225,6 +236,11 @@ class Manifest(Record):
     def main(self) -> Call:
         """The call that a summary describes: the prompt of a text-generation program, the step of a training one."""
         return self.calls[-1]
+
+    @property
+    def answering(self) -> tuple[Call, Carried | None]:
+        """The call that answers for single rows, and its metadata: of a text-generation program, the guard's."""
+        return (self.main, self.carried) if self.guard is None else (self.guard.call, self.guard.carried)
 
     @property
     def total_bytes(self) -> int:
@@ -250,6 +266,8 @@ class Manifest(Record):
 
     def call(self, name: str = "") -> Call:
         """The call of that name; a program with one call needs no name."""
+        if self.guard is not None and name == self.guard.call.name:
+            return self.guard.call
         allowed = [call.name for call in self.calls]
         if not name and len(self.calls) == 1:
             return self.calls[0]

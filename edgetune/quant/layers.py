@@ -26,7 +26,7 @@ from edgetune.quant.experts import describe_split, split_wanted_experts
 from edgetune.quant.padded import PaddedLinear, can_pad, pad_inputs, unpad_inputs
 from edgetune.quant.rounding import LEAST_GROUP, Grid, Rule, absmax_codes
 from edgetune.quant.size import parameter_count, weight_bits
-from edgetune.quant.split import OutlierLinear, SplitLinear, drop_outlier_columns
+from edgetune.quant.split import SmallPart, SplitLinear, drop_outlier_columns
 from edgetune.quant.tables import looks_up
 
 EIGHT_BITS = Grid(8, scale_dtype=torch.float32)  # of a linear: XNNPACK stores the scales of 8 bits in fp32
@@ -85,9 +85,8 @@ class LayerChoice:
 
     def with_outliers(self, grid: Grid) -> LayerChoice:
         """These layers, and in this grid the part for outlying inputs of each that is split."""
-        parts = {
-            f"{name}.outlier": layer.outlier for name, layer in self.layers.items() if isinstance(layer, SplitLinear)
-        }
+        split = {name: layer for name, layer in self.layers.items() if isinstance(layer, SplitLinear)}
+        parts = {f"{name}.outlier": layer.outlier for name, layer in split.items() if layer.outlier is not None}
         return replace(self, layers=self.layers | parts, grids=self.grids | dict.fromkeys(parts, grid))
 
     def fits(self, name: str, grid: Grid, pad: bool) -> bool:
@@ -205,15 +204,19 @@ def choose_layers(
     grids: dict[str, Grid] = {}
     for patterns, grid in linears:
         matched = select(model, patterns, skip_linears, nn.Linear, _is_choosable)
-        fit = [name for name, layer in matched.items() if grid.bits == 8 or not isinstance(layer, OutlierLinear)]
-        grids |= dict.fromkeys(fit, grid)
+        if grid.bits == 8:
+            grids |= dict.fromkeys(matched, grid)
+        else:
+            grids |= {name: grid for name, layer in matched.items() if not isinstance(layer, SmallPart)}
+            grids |= dict.fromkeys(_offsets_of(matched), EIGHT_BITS)
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in grids}
     chosen_tables, in_float = _choose_tables(model, skip_tables) if tables else ({}, [])
     readers, _ = readers_of(model, [*layers, *chosen_tables], sample)
     in_float += [name for name in readers if chosen_tables.pop(name, None)]
     refuse_readers(model, _without_encoder_layers(model, {n: r for n, r in readers.items() if n in layers}))
     for name, layer in layers.items():
-        refuse_computed(name, layer)
+        if not isinstance(layer, SplitLinear):  # which knows what its weight is a part of
+            refuse_computed(name, layer)
     for name, table in chosen_tables.items():
         refuse_max_norm(name, table)
     layers |= chosen_tables
@@ -223,6 +226,12 @@ def choose_layers(
         if message:
             warnings.warn(f"{technique}: {message}", stacklevel=stacklevel)  # the caller of `et.apply`
     return LayerChoice(technique, model, layers, grids | (dict.fromkeys(chosen_tables, tables) if tables else {}))
+
+
+def _offsets_of(layers: Mapping[str, Any]) -> list[str]:
+    """The offsets among them of split linears among them; those of a single group stay in floating point."""
+    parts = {name: name.removesuffix(".offset") for name, layer in layers.items() if layer.in_features > 1}
+    return [name for name, whole in parts.items() if whole != name and isinstance(layers.get(whole), SplitLinear)]
 
 
 def _split_skips(model: nn.Module, skip: tuple[str, ...]) -> tuple[list[str], list[str]]:

@@ -23,7 +23,7 @@ from edgetune.lean.reads import refuse_read_elsewhere
 from edgetune.quant.calibration import measure_inputs
 from edgetune.quant.layers import refuse_infinite
 from edgetune.quant.size import weight_bits
-from edgetune.quant.split import OutlierLinear, SplitLinear, rebuild_split, split_linear
+from edgetune.quant.split import SmallPart, SplitLinear, rebuild_split, split_outliers_off
 
 _LEAST = 2  # inputs that go apart: torchao rounds no tokens of a single value
 
@@ -104,7 +104,7 @@ def split_outliers(
     sizes = measure_inputs(model, layers, batches)
     for name, size in sizes.items():
         count = max(_LEAST, round(share * layers[name].in_features))
-        split_linear(layers[name], size.largest.topk(count).indices.sort().values)
+        split_outliers_off(layers[name], size.largest.topk(count).indices.sort().values)
     return list(sizes)
 
 
@@ -114,4 +114,4 @@ def can_split(layer: nn.Linear) -> bool:
 
 
 def _is_whole_part(layer: nn.Module) -> bool:
-    return not isinstance(layer, OutlierLinear)
+    return not isinstance(layer, SmallPart)

@@ -15,7 +15,7 @@ from edgetune.quant.awq import scale_inputs
 from edgetune.quant.gptq import factor_hessian, gptq_codes
 from edgetune.quant.hessians import calibrate
 from edgetune.quant.layers import LayerChoice
-from edgetune.quant.rounding import Grid, absmax_codes, mse_codes
+from edgetune.quant.rounding import Grid, absmax_codes, codes_on_grid, mse_codes
 from edgetune.quant.split import seen_by_weight
 from edgetune.quant.unfinished import Unfinished
 
@@ -48,10 +48,16 @@ def round_layers(
             layers.quantize(name, _TO_NEAREST[algorithm])
         return
     assert sample is not None
+    settled = [name for name, layer in layers.narrow.items() if codes_on_grid(layer.weight, layers.grids[name])]
+    for name in settled:  # as after `qat`: there is nothing to make up for
+        layers.quantize(name)
+    if len(settled) == len(layers.narrow):
+        return
     progress = sample.progress
     batches = sample.first_batches(calibration_batches)
     unfinished = Unfinished(sample.folder, f"{layers.technique}: {layers.grids}", layers.model, batches)
     done = unfinished.restore(layers.narrow, layers.grids)
+    done.update(settled)
     remaining = {name: layer for name, layer in layers.narrow.items() if name not in done}
 
     def finish(names: list[str]) -> None:

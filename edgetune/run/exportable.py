@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from edgetune.adapt.guarded import GuardedModel
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
 from edgetune.program.card import write_card
 from edgetune.recipe.sections import LANGUAGE_CHECK_ROWS
+from edgetune.tasks.causal_lm import CausalLM
 
 if TYPE_CHECKING:
     from edgetune.capture.dynamic import Dynamic
@@ -155,7 +157,7 @@ def exportable_from_split(
         return replace(kept, check_inputs=[split.one_row(i, max_length) for i in range(rows)])
     rows = asked.rows_to_check(len(split))
     rows = rows if asked.language else min(rows, LANGUAGE_CHECK_ROWS)
-    tokenizer = tokenizer_of(split.task, split.encode)
+    tokenizer = tokenizer_of(CausalLM() if isinstance(model, GuardedModel) else split.task, split.encode)
     settings = GenerationSettings(tokenizer, asked.max_tokens, asked.cache_dtype, prompts_from_texts(split, rows))
     return replace(kept, generation=settings)
 

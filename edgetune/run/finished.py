@@ -40,8 +40,8 @@ from edgetune.recipe.recipe import Recipe, load, settings_class
 from edgetune.recipe.sections import ExportSettings
 from edgetune.run import runs
 from edgetune.run.exportable import Exportable, exportable_from_split
+from edgetune.run.loading import load_model
 from edgetune.tasks.task import Task
-from edgetune.train.loop import seed_everything
 
 FOLDER, WEIGHTS, GRAPH, STRUCTURE = "finished", "model.safetensors", "model.pt2", "structure.json"
 
@@ -159,8 +159,7 @@ def open_run(folder: str | Path) -> FinishedRun:
     recipe, structure = load(folder / "recipe.yaml"), _read_structure(folder)
     rows = Rows([])
     dataset = Dataset(ledger.data, structure.make_task(), rows, rows, rows)
-    seed_everything(recipe.seed)
-    loaded: LoadedModel = registry.loader(registry.MODELS, "model", recipe.model.source)(recipe.model, dataset)
+    loaded = load_model(recipe, dataset)
     run = FinishedRun(folder, recipe, ledger, structure, loaded)
     return replace(run, loaded=replace(loaded, model=_rebuild(run).eval()))
 

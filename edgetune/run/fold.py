@@ -43,6 +43,7 @@ from edgetune.run.environment import installed_versions
 from edgetune.run.exportable import check_can_generate, exportable_from_split, to_program
 from edgetune.run.finished import save_finished
 from edgetune.run.layer_times import layers_ms_of
+from edgetune.run.loading import has_guard, load_model, task_to_load
 from edgetune.run.measures import join_notes, measure, saved_mib
 from edgetune.run.profiling import profile_program
 from edgetune.run.rehearsal import check_reachable, name_step_in_errors, rehearse
@@ -78,8 +79,7 @@ class Fold:
         if record:
             runs.check_same_data(folder, self.dataset)
         progress("load", 1, 2, recipe.model.source)
-        seed_everything(recipe.seed)
-        loaded: LoadedModel = registry.loader(registry.MODELS, "model", recipe.model.source)(recipe.model, self.dataset)
+        loaded = load_model(recipe, self.dataset)
         progress("load", 2, 2, loaded.name)
         self.data_as_read = self.dataset
         self.dataset = loaded.relabel(self.dataset)  # a trained head that was kept has its own order of classes
@@ -141,7 +141,8 @@ class Fold:
             if whole:
                 message = "the model takes a whole text after these steps, and a text-generation program continues one"
                 raise EdgetuneError(message, got=whole, action="leave out export.language, or these steps")
-            check_can_generate(self.model, self.task, loaded.encode, asked)
+            task = task_to_load(self.recipe, self.data_as_read.task)
+            check_can_generate(self.model, task, loaded.encode, asked)
 
     def run(self, until: int | None = None) -> Ledger:
         """Run the steps, export, profile and budgets; or only the steps up to `until`."""
@@ -180,7 +181,8 @@ class Fold:
 
     def steps(self, until: int | None = None) -> None:
         """Run all steps, and finalize at the end; or run the steps up to `until`, without finalizing."""
-        self.add_row("load", self.recipe.model.source, self.load_seconds)
+        if not has_guard(self.recipe):  # as loaded, the model does not do the task of the data yet
+            self.add_row("load", self.recipe.model.source, self.load_seconds)
         steps = self.recipe.steps[:until]
         taught = {s.settings.distill.teacher for s in self.recipe.steps if _distils(s)}  # type: ignore[attr-defined]
         for move in plan_steps([step.settings for step in steps]):

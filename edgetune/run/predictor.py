@@ -27,7 +27,7 @@ from edgetune.tasks.token_classification import TokenClassification
 
 ROWS_AT_ONCE = 256  # that are prepared and run together: 154 MiB of images of 224 pixels
 OTHER_KINDS = {
-    "language": "edgetune generate answers with a text-generation program",
+    "language": "edgetune generate answers with a text-generation program; one with a guard predicts classes as well",
     "training": "edgetune train-pte trains with a training program; bring the weights back and export the model",
     "methods": "call its methods from your own code: Artifact.load(path).run(inputs, method=...)",
 }
@@ -49,9 +49,11 @@ class Predictor:
         self.task: Task = _check(self.artifact)
         self.adapter = adapter
         self.given = self.artifact.with_adapter((), adapter)
-        self.preparation = Preparation(manifest.model_dump(mode="json"), self.artifact.path.parent)
-        assert manifest.carried is not None  # `_check` has seen it
-        self.carried = manifest.carried
+        self.call, carried = manifest.answering
+        assert carried is not None  # `_check` has seen it
+        self.carried = carried
+        described = {"calls": [self.call.model_dump(mode="json")], "carried": carried.model_dump(mode="json")}
+        self.preparation = Preparation(described, self.artifact.path.parent)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -65,14 +67,15 @@ class Predictor:
 
         encoded: list[dict[str, Tensor]] = []
         parts: list[Tensor] = []
-        specs = self.artifact.manifest.own_inputs(self.artifact.manifest.main)
+        specs = self.artifact.manifest.own_inputs(self.call)
         with self.artifact.data_for(self.adapter) as data:
             for start in range(0, len(rows), ROWS_AT_ONCE):
                 progress("rows", start, len(rows), "")
                 chunk = [self._inputs(row) for row in rows[start : start + ROWS_AT_ONCE]]
                 encoded += [{name: tensor for name, tensor in row.items() if name == "words"} for row in chunk]
                 batches = self._batches([tuple(row[spec.name] for spec in specs) for row in chunk])
-                outputs = run_in_child(self.artifact.path, [(*row, *self.given) for row in batches], data=data)
+                given = [(*row, *self.given) for row in batches]
+                outputs = run_in_child(self.artifact.path, given, method=self.call.name, data=data)
                 parts.append(torch.cat([output[0] for output in outputs])[: len(chunk)])
         progress("rows", len(rows), len(rows), "")
         logits = torch.cat(parts).float()
@@ -110,7 +113,7 @@ class Predictor:
 
     def _batches(self, rows: list[tuple[Tensor, ...]]) -> Iterator[tuple[Tensor, ...]]:
         """The rows in batches of the program's size, the last one filled up with its last row."""
-        spec = self.artifact.manifest.main.inputs[0]
+        spec = self.call.inputs[0]
         size = (spec.smallest or spec.shape)[0]
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
@@ -134,8 +137,8 @@ def _check(artifact: Artifact) -> Task:
     """The task of a program. Raises `EdgetuneError` if its metadata does not allow predictions."""
     from edgetune.export.targets import find
 
-    manifest, carried, call = artifact.manifest, artifact.manifest.carried, artifact.manifest.main
-    if manifest.kind in OTHER_KINDS:
+    manifest, (call, carried) = artifact.manifest, artifact.manifest.answering
+    if manifest.kind in OTHER_KINDS and manifest.guard is None:
         raise EdgetuneError(
             "the program does not answer for single rows",
             got=manifest.kind,

@@ -27,6 +27,7 @@ from edgetune.quant.size import stored_bytes
 from edgetune.recipe.recipe import Recipe
 from edgetune.train import loggers
 from edgetune.train.loop import seed_everything, trainable_parameters
+from edgetune.train.optimizer import faster_parameters
 from edgetune.train.settings import Train
 
 
@@ -69,6 +70,7 @@ def rehearse(
                 elif isinstance(step.settings, Technique):
                     model = apply(model, step.settings.for_rehearsal(), sample)
                 elif isinstance(step.settings, Train):
+                    faster_parameters(step.settings, model)
                     written_bytes += 2 * 3 * sum(parameter.nbytes for parameter in trainable_parameters(model))
         except EdgetuneError as error:
             error.what += " (found before any training)"

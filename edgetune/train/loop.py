@@ -85,7 +85,7 @@ def train(
 
     Raises:
         EdgetuneError: nothing is trainable; no backward reaches a trainable parameter; a loss or gradient is not
-            finite; a checkpoint belongs to another training.
+            finite; `learning_rate_ratio` without a B matrix; a checkpoint belongs to another training.
         KeyboardInterrupt: on Ctrl-C, after the current update and a checkpoint (immediately on the second Ctrl-C).
     """
     if settings.in_backward and is_distributed(model):
@@ -97,7 +97,7 @@ def train(
     _check(settings, split, folder, resume, teacher, validation)
     parameters = trainable_parameters(model)
     plan = TrainingPlan(settings, split, seed)
-    optimizer = optimizers.build(settings, parameters)
+    optimizer = optimizers.build(settings, parameters, optimizers.faster_parameters(settings, model))
     seed_everything(seed)
     saver = Saver(folder, model, optimizer, training_identity(model, settings, len(split), seed)) if folder else None
     run = saver.restore(plan.updates) if saver else Progress()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
+from edgetune.core.peft_layers import b_matrices
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 
@@ -20,17 +21,39 @@ if TYPE_CHECKING:
 _PARTS = ("codes", "scale", "qmap")  # of torchao's 8-bit state
 
 
-def build(settings: Train, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+def faster_parameters(settings: Train, model: nn.Module) -> list[nn.Parameter]:
+    """What learns `learning_rate_ratio` times as fast. Raises `EdgetuneError` for a ratio where there is nothing."""
+    if settings.learning_rate_ratio == 1:
+        return []
+    faster = b_matrices(model)
+    if not faster:
+        raise EdgetuneError(
+            "learning_rate_ratio: no B matrix of a LoRA is trainable, which alone would learn faster",
+            got=settings.learning_rate_ratio,
+            action="apply lora to linear or convolutional layers first, or leave learning_rate_ratio out",
+        )
+    return faster
+
+
+def build(
+    settings: Train, parameters: Sequence[nn.Parameter], faster: Sequence[nn.Parameter] = ()
+) -> torch.optim.Optimizer:
     """AdamW or SGD. Biases and norms, whose tensors have one dimension, are not decayed.
+
+    Those of `parameters` that are in `faster` learn at `learning_rate_ratio` times the rate, schedule and decoupled
+    weight decay included (LoRA+; Hayou et al., 2024, arXiv:2402.12354: the rates of B and A have a fixed ratio).
 
     With `state_bits` 8 the two moments of AdamW are stored in 8 bits, in blocks of 256 values with a scale each
     (Dettmers et al., 2021, arXiv:2110.02861; torchao's); tensors below 4,096 values keep 32 bits.
     """
+    ratio, decay, fast = settings.learning_rate_ratio, settings.weight_decay, {id(p) for p in faster}
+    matrices = [p for p in parameters if p.dim() >= 2]
     groups = [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in matrices if id(p) not in fast], "weight_decay": decay, "ratio": 1.0},
+        {"params": [p for p in matrices if id(p) in fast], "weight_decay": decay, "ratio": ratio},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "ratio": 1.0},
     ]
-    groups = [group for group in groups if group["params"]]
+    groups = [{**group, "lr": settings.learning_rate * group["ratio"]} for group in groups if group["params"]]
     if settings.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=settings.learning_rate, momentum=settings.momentum)
     if settings.state_bits == 8:
@@ -42,12 +65,12 @@ def build(settings: Train, parameters: Sequence[nn.Parameter]) -> torch.optim.Op
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> float:
-    """Set the learning rate of every group, and return it."""
+    """Set the learning rate, of which each group takes its ratio, and return it."""
     for group in optimizer.param_groups:
         if isinstance(group["lr"], Tensor):  # torchao's
-            group["lr"].fill_(rate)
+            group["lr"].fill_(rate * group["ratio"])
         else:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
     return rate
 
 

@@ -40,6 +40,9 @@ class Train(StepSettings):
     """The optimizer."""
     learning_rate: float = Field(default=3e-4, gt=0, allow_inf_nan=False)
     """Peak learning rate, reached after the warm-up."""
+    learning_rate_ratio: float = Field(default=1.0, ge=1, allow_inf_nan=False)
+    """LoRA+: the learning rate of the B matrices of LoRA, those that give a layer's output, is this times that of all
+    else; embeddings have none (Hayou et al., 2024, arXiv:2402.12354, who recommend 16)."""
     weight_decay: float = Field(default=0.01, ge=0, allow_inf_nan=False)
     """Weight decay; it is not applied to biases and norms."""
     betas: tuple[float, float] = (0.9, 0.999)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from edgetune.adapt.guarded import GuardedModel
 from edgetune.adapt.low_rank import LowRank
 from edgetune.capture.narrow import TORCH_DTYPES, narrow
 from edgetune.core.errors import EdgetuneError, Exit
@@ -27,6 +28,8 @@ from edgetune.export.adapters import AdapterSet, prove_each, read_adapters, spli
 from edgetune.export.language import parity
 from edgetune.export.language.adapted import AdaptedDecoder
 from edgetune.export.language.cached import CachedDecoder, check_model
+from edgetune.export.language.guard import NAME as GUARD
+from edgetune.export.language.guard import check_guard, guard_method
 from edgetune.export.language.lower import lower
 from edgetune.export.lower import Layout, Lowered
 from edgetune.export.pipeline import advise_on, call_of, check_narrow, choose_target, manifest_of
@@ -82,9 +85,17 @@ def export_language(
     cannot be lowered, if the program does not run, or if fewer than `min_same_prediction_pct` of the tokens agree.
     Then no new program or manifest is left. `carried` is written to the manifest and to a model card, `model.md`.
     `adapters` and `form` are as in `et.export`; ExecuTorch's own language runner runs the form `files`.
+
+    Of a model with `et.LoRAGuard` the program also has the method `guard`, over the same weights, which takes
+    `input_ids` and `attention_mask` `(1, n)` and returns the logits of its classes. `carried.preprocessing` says how a
+    text becomes these; by default it has at most 128 tokens.
     """
     path = Path(path)
     check_types(dtype, cache_dtype)
+    outer = model
+    if isinstance(outer, GuardedModel):
+        check_guard(dtype, adapters)
+        model = outer.base
     chosen = _choose_target(model, path, max_tokens, prefill_tokens, device, target)
     backend_tokenizer = without_truncation(tokenizer)
     text = backend_tokenizer.to_str()
@@ -95,15 +106,19 @@ def export_language(
     # a text-generation program has no fixed window of tokens to preprocess
     metadata = carried.model_copy(update={"preprocessing": None}) if carried is not None else None
     floats, stored = TORCH_DTYPES[dtype], cache_dtype or dtype
-    model, converted = _convert_to_float32(model)
+    outer, converted = _convert_to_float32(outer)
+    guarded = outer if isinstance(outer, GuardedModel) else None
+    model = outer if guarded is None else guarded.base
     check_narrow(model, floats)
     sides = None if adapters is None else read_adapters(adapters, form, model, chosen, dtype)
+    guard = None if guarded is None else guard_method(guarded, prompts, tokenizer, spec, carried)
     with _as_program(model, max_tokens, floats, stored, sides) as (program, paths):
         prefill = min(prefill_tokens, max_tokens)
         facts = _facts(program, backend_tokenizer, spec, prefill)
         given = () if sides is None else sides.given(None)
         layout = Layout(external_data=sides is not None and sides.form == "files")
-        lowered = lower(program, prefill, chosen, facts, given, layout)
+        others = {} if guard is None else {GUARD: (guard.request.module, guard.request.inputs.example)}
+        lowered = lower(program, prefill, chosen, facts, given, layout, others)
         if paths is not None:
             paths.check_used()
         files = split_files(sides, lowered["prompt"].weights)
@@ -136,6 +151,7 @@ def export_language(
             computed = str(floats).removeprefix("torch.")
             note = f"exported in {computed} from {converted} weights{also}" if converted else ""
             sections: dict[str, Any] = {"dtype": dtype, "carried": metadata, "language": section, "note": note}
+            sections["guard"] = None if guard is None else guard.prove(partial, lowered[GUARD], chosen)
             return manifest_of("language", whole, calls, chosen, device, path, **sections, adapters=adapted)
 
         manifest = write_pair(path, whole.data, prove, whole.weights, files.beside(path))

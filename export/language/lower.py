@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils._pytree import tree_map
 
@@ -19,7 +19,7 @@ from edgetune.capture.graph import capture, prepare
 from edgetune.core.quiet import silence_libraries
 from edgetune.export import quantized_weights
 from edgetune.export.language.cached import CachedDecoder
-from edgetune.export.lower import DEFAULT_LAYOUT, Layout, Lowered, compile_program
+from edgetune.export.lower import DEFAULT_LAYOUT, Layout, Lowered, compile_programs
 from edgetune.export.pass_cache import fast_decompositions
 from edgetune.export.targets.target import Target
 from edgetune.program.executed import execution_of
@@ -35,24 +35,31 @@ def lower(
     facts: dict[str, Any],
     given: tuple[Tensor, ...] = (),
     layout: Layout = DEFAULT_LAYOUT,
+    others: Mapping[str, tuple[nn.Module, tuple[Tensor, ...]]] | None = None,
 ) -> dict[str, Lowered]:
     """Lower `model` for calls with 1 to `prefill_tokens` tokens; returns the call with one, and with all of them.
 
     `facts` become methods that return constants, for ExecuTorch's language runner. `given` are inputs after tokens and
-    position.
+    position. `others` become further methods, each a module for inputs of these shapes, returned by their names.
     Raises `EdgetuneError` (exit code 5) with what cannot be captured or lowered.
     """
     quantized_weights.check(model, target)
     inputs = (torch.ones(1, prefill_tokens, dtype=torch.long), torch.zeros(1, dtype=torch.long), *given)
-    with silence_libraries(), torch.no_grad(), model.attending():
+    with silence_libraries(), torch.no_grad():
         import executorch.extension.llm.custom_ops.custom_ops  # registers the cache's operators
         import executorch.kernels.quantized  # noqa: F401  and the kernels that quantize an int8 cache
         from torch.ao.quantization.fx import _decomposed  # noqa: F401  and those that quantize an int8 cache
 
         with fast_decompositions():
-            program = capture(model, inputs, target.name, [Axis("count", place=0, dim=1, low=1, high=prefill_tokens)])
-            prepare(program)
-        lowered = compile_program(program, target, layout, facts)
+            axis = Axis("count", place=0, dim=1, low=1, high=prefill_tokens)
+            with model.attending():
+                program = capture(model, inputs, target.name, [axis])
+            programs = {name: capture(module, row, target.name) for name, (module, row) in (others or {}).items()}
+            programs = {"forward": program, **programs}
+            for each in programs.values():
+                prepare(each)
+        methods = compile_programs(programs, target, layout, facts)
+        lowered = methods.pop("forward")
         with _assume_one_token(program):
             single = operators.describe(program, lowered.placed)
     positions = model.max_tokens
@@ -64,6 +71,7 @@ def lower(
     after, mean = prefill_tokens + 1, (prefill_tokens + 1) / 2  # positions that a token attends to
     share, most = min(after, positions) / positions, prefill_tokens / positions
     return {
+        **methods,
         "token": replace(
             lowered,
             operators=_count_attention(single, after, share),

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from edgetune.adapt.bottleneck import Bottleneck
 from edgetune.adapt.glora import GLoRA
+from edgetune.adapt.lock import Lock
 from edgetune.adapt.lora import LoRA
+from edgetune.adapt.lora_guard import LoRAGuard
 from edgetune.adapt.perft import PERFT
 from edgetune.adapt.poly import Poly
 from edgetune.adapt.prompt import Prompt
 from edgetune.adapt.sherl import SHERL
 from edgetune.lean.technique import Lean
+from edgetune.quant.nf4 import NF4
 from edgetune.quant.qat import QAT
 from edgetune.sparse.update import SparseUpdate
 from support.laws import ATTENTION, BLOCKS, NOTHING, ROUNDED, Case, bert, cnn, llama, mlp, pictures, tokens, vectors
 from support.mixtures import ids, mixture
+from support.towers import clip, pairs
 
 ADAPTER_CASES = [
     Case(
@@ -109,6 +113,20 @@ ADAPTER_CASES = [
             Prompt(kind="p-tuning", tokens=2, encoder_width=8),
         ),
         bert, tokens, error=3.0, merges=False, same_keys=False,
+    ),
+    Case(
+        "guard-llama", (LoRAGuard(rank=2, targets=("*_proj",)),), llama, tokens, merges=False, same_keys=False,
+        exports=True, unmatched=LoRAGuard(targets=NOTHING),
+    ),
+    Case(
+        "nf4-lean-guard-llama", (NF4(block_size=32), Lean(), LoRAGuard(rank=2, targets=("*.q_proj",))), llama, tokens,
+        error=0.3, merges=False, same_keys=False,
+    ),
+    Case("lock-clip", (Lock(),), clip, pairs, keeps_less=True),
+    Case("lock-text-clip", (Lock(tower="text", projection="trained"),), clip, pairs, keeps_less=True),
+    Case(
+        "lock-lora-clip", (Lock(), LoRA(rank=2, targets=("text_model.*_proj",), also_train=("text_projection",))),
+        clip, pairs, keeps_less=True,
     ),
     Case(
         "prefix-llama", (Prompt(kind="prefix", tokens=3),), llama, tokens, error=3.0, merges=False, same_keys=False,

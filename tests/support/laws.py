@@ -26,6 +26,7 @@ from edgetune.quant.int4 import Int4
 from edgetune.quant.int8 import Int8
 from edgetune.quant.int8_dynamic import Int8Dynamic
 from edgetune.quant.nf4 import NF4
+from edgetune.quant.offsets import Offsets
 from edgetune.quant.outliers import Outliers
 from edgetune.quant.palettize import Palettize
 from edgetune.quant.qat import QAT
@@ -206,6 +207,7 @@ class Case:
     keeps_less: bool = False  # bytes kept for backward fall
     same_weights: bool = True  # exact: whether the plain weights stay, and so do their gradients
     trains: bool = True  # whether it can train after apply
+    before: str = ""  # name of the module that is to compute what the plain model does, if that is not the whole
     pickles: bool = True  # whether an open model can be pickled
     merges: bool = True  # whether finalize leaves the plain model's modules, without hooks
     keeps_weights: bool = True  # whether the open model's state has the plain model's keys
@@ -216,7 +218,7 @@ class Case:
 
     @property
     def exact(self) -> bool:
-        return all(technique.exact for technique in self.techniques)
+        return all(technique.exact or technique.guards for technique in self.techniques)
 
     @property
     def leaves(self) -> Trait:
@@ -224,6 +226,10 @@ class Case:
 
     def applied(self) -> nn.Module:
         return apply(self.model(), self.techniques, Sample.of(self.inputs()))
+
+    def as_before(self, model: nn.Module) -> nn.Module:
+        """What is to compute as the plain model does: all of an applied one, or the base under a guard."""
+        return model.get_submodule("base") if any(technique.guards for technique in self.techniques) else model
 
 
 ATTENTION = ("*.query", "*.value")
@@ -310,6 +316,14 @@ CASES = [
     Case(
         "outliers-mlp", (Outliers(share=0.1),), mlp, vectors, trains=False, same_keys=False, exports=True,
         unmatched=Outliers(targets=NOTHING),
+    ),
+    Case(
+        "offsets-mlp", (Offsets(group_size=4),), mlp, vectors, trains=False, same_keys=False, same_shapes=False,
+        exports=True, unmatched=Offsets(targets=NOTHING),
+    ),
+    Case(
+        "outliers-offsets-int4-mlp", (Outliers(share=0.1), Offsets(), Int4(algorithm="gptq")), mlp, vectors, error=0.2,
+        trains=False, same_keys=False, exports=True,
     ),
     Case(
         "int8-dynamic-mlp", (Int8Dynamic(),), mlp, vectors, error=0.02, size=channel_size(8, 4), trains=False,
