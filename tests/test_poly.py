@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,9 @@ def trained(**settings: Any) -> nn.Module:
     model = et.apply(bert(), et.Poly(tasks=TASKS, skills=2, targets=ATTENTION, **settings))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-2)
     torch.manual_seed(0)
+    for layer in poly_layers(model).values():  # as after much training: tasks that mix the skills differently
+        nn.init.normal_(layer.poly_router["default"].module_logits, std=3)
+        nn.init.normal_(layer.poly_lora_B["default"], std=0.5)
     model.train()
     for _ in range(5):
         optimizer.zero_grad()
@@ -119,3 +123,11 @@ def test_what_is_missing_or_does_not_fit_is_named(tmp_path: Path) -> None:
     flat = et.apply(mlp(), et.Poly(tasks=TASKS, task="news", targets=("*.up",)))
     with pytest.raises(et.EdgetuneError, match=r"over \(rows, tokens, width\)"):
         flat(vectors())
+
+
+def test_the_example_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "adapters.md").read_text(encoding="utf-8")
+    (example,) = [block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "et.Poly(" in block]
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "docs/adapters.md", "exec"), {})
+    assert (tmp_path / "model.tickets.safetensors").is_file()

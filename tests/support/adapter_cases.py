@@ -96,7 +96,9 @@ ADAPTER_CASES = [
     ),
     Case("glora-qat-mlp", (GLoRA(rank=2, targets=BLOCKS, paths={"*": {}}), QAT()), mlp, vectors, ROUNDED, error=0.2),
     Case(
-        "poly-bert", (Poly(tasks=("a", "b"), task="b", skills=3, rank=2, targets=ATTENTION),), bert, tokens,
+        "poly-bert",
+        (Poly(tasks=("a", "b"), task="b", skills=3, rank=2, targets=ATTENTION, also_train=("classifier",)),),
+        bert, tokens,
         exports=True, unmatched=Poly(tasks=("a",), targets=NOTHING),
     ),
     Case(
