@@ -60,7 +60,7 @@ class AdaptedExperts(nn.Module):
         if self.router is not None or self.embedded:
             weights = expert_shares(top_k_index, top_k_weights.to(x.dtype), self.number)
             hidden = (hidden.unflatten(-1, (self.number, -1)) * weights.unsqueeze(-1)).flatten(-2)
-        added = self.up(hidden).to(output.dtype)
+        added: Tensor = self.up(hidden).to(output.dtype)
         return output + (added if self.scale == 1 else self.scale * added)
 
     def __getstate__(self) -> dict[str, Any]:

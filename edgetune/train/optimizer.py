@@ -48,7 +48,7 @@ def build(
     """
     ratio, decay, fast = settings.learning_rate_ratio, settings.weight_decay, {id(p) for p in faster}
     matrices = [p for p in parameters if p.dim() >= 2]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in matrices if id(p) not in fast], "weight_decay": decay, "ratio": 1.0},
         {"params": [p for p in matrices if id(p) in fast], "weight_decay": decay, "ratio": ratio},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0, "ratio": 1.0},
