@@ -158,15 +158,14 @@ def document(rows: Sequence[Row], checks: Sequence[Verdict]) -> str:
         if not table.values(name, FLOAT, "quality"):
             continue
         metric = "perplexity" if task.kind == "language" else "accuracy, %"
-        seeds = len(table.values(name, FLOAT, "quality"))
         lines += [
-            "", f"## {name}", "", f"{seeds} seed{'s' * (seeds != 1)}.", "",
-            f"| method | {metric} | range | KL x 1000 | range | changed, % | file, MiB | difference | s |",
-            "|---|---|---|---|---|---|---|---|---|",
+            "", f"## {name}", "",
+            f"| method | seeds | {metric} | range | KL x 1000 | range | changed, % | file, MiB | difference | s |",
+            "|---|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         lines += [_line(table, name, method) for method in names_of(name) if table.values(name, method, "quality")]
         failed = {row["method"]: row["failed"] for row in rows if row["model"] == name and "failed" in row}
-        lines += [f"| {method} | not made: {reason} |" + " |" * 7 for method, reason in failed.items()]
+        lines += [f"| {method} | not made: {reason} |" + " |" * 8 for method, reason in failed.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -177,7 +176,7 @@ def _line(table: Table, name: str, method: str) -> str:
     differences = table.values(name, method, "difference")
     difference = f"{max(differences):.1e}" if differences else ""
     return (
-        f"| {method} | {table.spread(name, method, 'quality')} | {table.spread(name, method, 'kl', 1000)} | "
+        f"| {method} | {len(table.values(name, method, 'quality'))} | {table.spread(name, method, 'quality')} | {table.spread(name, method, 'kl', 1000)} | "
         f"{mean('flips_pct'):.2f} | {mean('file_mib'):.2f} | {difference} | {mean('cpu_s'):.0f} |"
     )
 
