@@ -175,9 +175,10 @@ def _line(table: Table, name: str, method: str) -> str:
 
     differences = table.values(name, method, "difference")
     difference = f"{max(differences):.1e}" if differences else ""
+    spread = " | ".join(table.spread(name, method, *figure) for figure in (("quality",), ("kl", 1000)))
     return (
-        f"| {method} | {len(table.values(name, method, 'quality'))} | {table.spread(name, method, 'quality')} | {table.spread(name, method, 'kl', 1000)} | "
-        f"{mean('flips_pct'):.2f} | {mean('file_mib'):.2f} | {difference} | {mean('cpu_s'):.0f} |"
+        f"| {method} | {len(table.values(name, method, 'quality'))} | {spread} | {mean('flips_pct'):.2f} | "
+        f"{mean('file_mib'):.2f} | {difference} | {mean('cpu_s'):.0f} |"
     )
 
 
