@@ -198,7 +198,7 @@ def test_language_model(tmp_path: Path) -> None:
     assert trained is not None
     assert final is not None
     assert trained.metric == "perplexity"
-    assert final.value == pytest.approx(trained.value, rel=1e-3)  # it trained with what int4 stores
+    assert final.value == pytest.approx(trained.value, rel=0.02)  # 4 bits with the zero points that it came with
     assert program.parity is not None
     assert (program.parity.rows, program.parity.counted) == (2 * 32, "greedy token")
     calls = ["a token after 64", "64 tokens of a prompt"]
