@@ -7,7 +7,6 @@ the zero points of Q4_1 in llama.cpp.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -15,15 +14,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from edgetune.core.errors import EdgetuneError, truncate_list
-from edgetune.core.layers import parameter_owners, select
-from edgetune.core.plain import refuse_computed
+from edgetune.core.errors import EdgetuneError
+from edgetune.core.layers import select
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.lean.reads import refuse_read_elsewhere
-from edgetune.quant.layers import refuse_infinite
-from edgetune.quant.size import weight_bits
-from edgetune.quant.split import SmallPart, SplitLinear, rebuild_split, split_offsets_off
+from edgetune.quant.split import SplitLinear, rebuild_split, split_offsets_off
+from edgetune.quant.splittable import SHARED, is_whole, refuse_unsplittable, shared_weights, warn_of_whole
 
 _STEPS = 15  # between the least and the greatest of 16 codes
 _BELOW_ZERO = 8  # codes
@@ -68,42 +65,27 @@ class Offsets(Technique):
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Split the layers in place."""
-        chosen: dict[str, Any] = dict(select(model, self.targets, self.skip, nn.Linear, _is_whole))
+        chosen: dict[str, Any] = dict(select(model, self.targets, self.skip, nn.Linear, is_whole))
         for name, layer in chosen.items():
-            self._refuse(name, layer)
-        owners = parameter_owners(dict(model.named_modules()))
-        shared = [name for name, layer in chosen.items() if len(owners.get(id(layer.weight), ())) > 1]
+            if isinstance(layer, SplitLinear) and layer.offset is not None:
+                raise EdgetuneError(
+                    f"{name} has offsets already", got=type(layer).__name__, action="give them only once"
+                )
+            refuse_unsplittable(self.name, name, layer)
+        shared = shared_weights(model, chosen)
         unfit = [name for name, layer in chosen.items() if layer.weight.shape[1] % self.group_size]
         splittable = {name: layer for name, layer in chosen.items() if name not in (*shared, *unfit)}
         refuse_read_elsewhere(model, splittable, sample)
         for layer in splittable.values():
             split_offsets_off(layer, offsets_of(layer, self.group_size))
-        for names, reason in (
-            (shared, "other layers share the weights of these layers"),
-            ([name for name in unfit if name not in shared], f"groups of {self.group_size} do not divide their width"),
-        ):
-            if names:
-                warnings.warn(
-                    f"offsets: {truncate_list(names)}: {reason}, so they stay whole. To silence this: skip: {names}",
-                    stacklevel=3,  # the caller of `et.apply`
-                )
+        unfit = [name for name in unfit if name not in shared]
+        reason = f"groups of {self.group_size} do not divide their width"
+        warn_of_whole(self.name, [(shared, SHARED), (unfit, reason)])
         return model
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         """Split linears."""
         return rebuild_split(model, state)
-
-    def _refuse(self, name: str, layer: nn.Linear) -> None:
-        if weight_bits(layer.weight) is not None:
-            raise EdgetuneError(f"{name} is quantized already", action="put offsets before quantization")
-        if isinstance(layer, SplitLinear) and layer.offset is not None:
-            raise EdgetuneError(f"{name} has offsets already", got=type(layer).__name__, action="give them only once")
-        refuse_computed(name, layer)
-        refuse_infinite(name, layer.weight)
-
-
-def _is_whole(layer: nn.Module) -> bool:
-    return not isinstance(layer, SmallPart)
 
 
 def offsets_of(layer: nn.Linear, group_size: int) -> Tensor:

@@ -6,24 +6,21 @@ inputs by the largest absolute activation; the first at each call, the second be
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from pydantic import Field
 from torch import Tensor, nn
 
-from edgetune.core.errors import EdgetuneError, truncate_list
+from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
-from edgetune.core.layers import parameter_owners, select
-from edgetune.core.plain import refuse_computed
+from edgetune.core.layers import select
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.lean.reads import refuse_read_elsewhere
 from edgetune.quant.calibration import measure_inputs
-from edgetune.quant.layers import refuse_infinite
-from edgetune.quant.size import weight_bits
-from edgetune.quant.split import SmallPart, SplitLinear, rebuild_split, split_outliers_off
+from edgetune.quant.split import SplitLinear, rebuild_split, split_outliers_off
+from edgetune.quant.splittable import SHARED, is_whole, refuse_unsplittable, shared_weights, warn_of_whole
 
 _LEAST = 2  # inputs that go apart: torchao rounds no tokens of a single value
 
@@ -64,29 +61,21 @@ class Outliers(Technique):
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Split the layers in place."""
         sample = self.require_sample(sample)
-        chosen: dict[str, Any] = dict(select(model, self.targets, self.skip, nn.Linear, _is_whole_part))
+        chosen: dict[str, Any] = dict(select(model, self.targets, self.skip, nn.Linear, is_whole))
         for name, layer in chosen.items():
-            if weight_bits(layer.weight) is not None:
-                raise EdgetuneError(f"{name} is quantized already", action="put outliers before quantization")
-            refuse_computed(name, layer)
-            refuse_infinite(name, layer.weight)
-        owners = parameter_owners(dict(model.named_modules()))
-        shared = [name for name, layer in chosen.items() if len(owners.get(id(layer.weight), ())) > 1]
+            refuse_unsplittable(self.name, name, layer)
+        shared = shared_weights(model, chosen)
         narrow = [name for name, layer in chosen.items() if not can_split(layer) and name not in shared]
         splittable = {name: layer for name, layer in chosen.items() if name not in (*shared, *narrow)}
         refuse_read_elsewhere(model, splittable, sample)
         batches = sample.first_batches(self.calibration_batches)
         split = split_outliers(model, splittable, self.share, batches) if splittable else []
-        for names, reason in (
+        reasons = (
             ([name for name in splittable if name not in split], "no calibration batch reaches these layers"),
-            (shared, "other layers share the weights of these layers"),
+            (shared, SHARED),
             (narrow, f"these layers have {_LEAST} inputs or fewer"),
-        ):
-            if names:
-                warnings.warn(
-                    f"outliers: {truncate_list(names)}: {reason}, so they stay whole. To silence this: skip: {names}",
-                    stacklevel=3,  # the caller of `et.apply`
-                )
+        )
+        warn_of_whole(self.name, reasons)
         return model
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
@@ -111,7 +100,3 @@ def split_outliers(
 def can_split(layer: nn.Linear) -> bool:
     """Whether it has more inputs than the least that go apart."""
     return layer.in_features > _LEAST
-
-
-def _is_whole_part(layer: nn.Module) -> bool:
-    return not isinstance(layer, SmallPart)
