@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.layers import select
-from edgetune.core.technique import Needs, Sample, Technique
+from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.lean.reads import refuse_read_elsewhere
 from edgetune.quant.split import SplitLinear, rebuild_split, split_offsets_off
@@ -49,11 +49,6 @@ class Offsets(Technique):
     """Patterns of the linear layers that get offsets."""
     skip: tuple[str, ...] = ()
     """Patterns of linear layers without."""
-
-    @property
-    def needs(self) -> Needs:
-        """Example inputs, to see which weights are read elsewhere."""
-        return "nothing"
 
     def adapt_to(self, later: Sequence[Technique]) -> Technique:
         """With the groups of the first step of quantization that follows."""
