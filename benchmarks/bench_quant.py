@@ -13,64 +13,32 @@ Exit code 1 where something held to is missed.
 from __future__ import annotations
 
 import copy
-import shutil
 import statistics
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from method_rows import ROOT, Row, Table, Verdict, file_name, run
-from quant_methods import AS_UNIFORM, FLOAT, Steps, methods_of, names_of
+from quant_methods import AS_UNIFORM, FLOAT, methods_of, names_of
 from quant_models import TASKS
 from quant_others import others_of
 from quant_verdicts import verdicts
+from trained_models import MIB, Steps, Trained
 
 from edgetune.run.environment import installed_versions
 
 WORK = ROOT / "runs" / "bench-quant"
 OUT = ROOT / "docs" / "bench-quant.json"
-MIB = 2**20
 
 
 # In a process of its own
 
 
-class Bench:
-    """A trained model and its data."""
+class Bench(Trained):
+    """A trained model that every method quantizes."""
 
     def __init__(self, name: str, seed: int) -> None:
-        import torch
-
-        from edgetune.tasks.quality import distributions_on
-
-        torch.set_num_threads(1)
-        self.name, self.seed, self.task = name, seed, TASKS[name]
-        self.fold = self.prepare([*self.task.train])
-        trained = WORK / f"{file_name(name)}-{seed}.pt"
-        if trained.exists():
-            self.model = torch.load(trained, weights_only=False)
-        else:
-            self.fold.steps()
-            self.model = self.fold.model
-            torch.save(self.model, trained)
-        self.model.eval().requires_grad_(False)
-        self.before = distributions_on(self.model, self.fold.test_split)
-
-    def prepare(self, steps: Steps) -> Any:
-        """A recipe of these steps, with model and data loaded."""
-        from edgetune.run.fold import Fold
-
-        self.folder = WORK / f"{file_name(self.name)}-{self.seed}"
-        shutil.rmtree(self.folder, ignore_errors=True)  # with the checkpoints of an earlier run
-        self.folder.mkdir(parents=True)
-        return Fold(self.recipe(steps), self.folder, resume=False, progress=lambda *_: None, record=False)
-
-    def recipe(self, steps: Steps) -> Any:
-        """A recipe of these steps."""
-        from edgetune.recipe import recipe
-
-        parts = {"model": self.task.model, "data": self.task.data, "export": self.task.export, "seed": self.seed}
-        return recipe.from_plain({"name": "bench-quant", **parts, "steps": steps or ["eval"]})
+        super().__init__(name, seed, TASKS[name], WORK)
 
     def row(self, method: str) -> Row:
         """What a method makes of the model."""
@@ -79,20 +47,7 @@ class Bench:
 
     def own_row(self, method: str) -> Row:
         """What edgetune's steps make of it."""
-        from edgetune.quant.size import stored_bytes
-        from edgetune.run import reuse
-
-        steps = self.with_sizes(methods_of(self.task)[method])
-        fold = copy.copy(self.fold)
-        fold.recipe = self.recipe(steps)
-        fold.digests = reuse.step_digests(fold.recipe)
-        fold.model, fold.teachers = copy.deepcopy(self.model).requires_grad_(True), {}
-        shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        begun = time.process_time()
-        fold.steps()
-        seconds = time.process_time() - begun
-        fold.model.requires_grad_(False)
-        row = {**self.quality_of(fold.model), "cpu_s": seconds, "stored_mib": stored_bytes(fold.model) / MIB}
+        fold, row = self.changed_by(self.with_sizes(methods_of(self.task)[method]))
         allocation = getattr(fold.model, "edgetune_allocation", None)
         if allocation is not None:
             row["compared"] = {c.name: c.kl for c in allocation.compared}
@@ -109,16 +64,6 @@ class Bench:
         uniform = et.apply(copy.deepcopy(self.model), et.Int4(algorithm="absmax", embeddings="int4", int8_linears=wide))
         return [{"bits": {"size_mib": stored_bytes(uniform) / MIB}}]
 
-    def exported(self, fold: Any) -> Row:
-        """What its program is. The seeds' programs are alike, so one is enough."""
-        fold.export()
-        program = fold.ledger.program
-        return {
-            "file_mib": program.size_mib,
-            "difference": program.parity.max_relative_difference,
-            "same_pct": program.parity.same_prediction_pct,
-        }
-
     def row_of_others(self, method: str, quantize: Any) -> Row:
         """What another library makes of it."""
         begun = time.process_time()
@@ -127,19 +72,6 @@ class Bench:
         row = {**self.quality_of(model), "cpu_s": seconds, "file_mib": file.stat().st_size / MIB}
         file.unlink()
         return row
-
-    def quality_of(self, model: Any) -> Row:
-        """The metric on test rows, and the shift from the trained float model."""
-        from edgetune.tasks.quality import batches_of, distributions_in, shift_between
-
-        split = self.fold.test_split
-        batches = list(batches_of(model, split, 64))
-        after = distributions_in(batches)
-        assert self.before is not None
-        assert after is not None
-        shift = shift_between(self.before, after)
-        value = split.task.quality(batches, split.rows).value
-        return {"quality": value, "kl": shift.kl_divergence, "flips_pct": shift.changed_pct}
 
 
 def document(rows: Sequence[Row], checks: Sequence[Verdict]) -> str:

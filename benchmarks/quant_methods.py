@@ -6,8 +6,7 @@ from typing import Any
 
 from quant_models import TASKS, Task
 from quant_others import others_of
-
-Steps = list[dict[str, Any]]
+from trained_models import Steps
 
 FLOAT = "fp32"
 UNIFORM = "int4 gptq g32, 4-bit tables"

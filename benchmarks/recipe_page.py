@@ -89,6 +89,7 @@ EXAMPLES = {
     "sparse-update": '- sparse-update: {scheme: {"encoder.layer.5": full, "*.query": bias, "*.output.dense": 0.25}}\n',
     "lean": "- lean: {activations: exact}\n",
     "prune": "- prune: {ratio: 0.3, importance: activation}\n",
+    "depth": "- depth: {blocks: 3}\n- train: {epochs: 2, distill: {teacher: depth, hidden: 1}}\n",
     "int4": "- int4: {group_size: 32, embeddings: int8, skip: [classifier]}\n",
     "int8": "- int8: {calibration_batches: 16}\n",
     "bits": "- bits: {average_bits: 5, skip: [classifier]}\n",

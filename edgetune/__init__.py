@@ -31,6 +31,7 @@ __all__ = [
     "Bits",
     "Bottleneck",
     "DeLoRA",
+    "Depth",
     "EdgetuneError",
     "Equalize",
     "FRoD",
@@ -166,6 +167,7 @@ if TYPE_CHECKING:
     from edgetune.export.training.step import export_training
     from edgetune.lean.technique import Lean
     from edgetune.profile import profile
+    from edgetune.prune.depth import Depth
     from edgetune.prune.structured import Prune
     from edgetune.quant.bits import Bits
     from edgetune.quant.equalize import Equalize
@@ -199,6 +201,7 @@ else:
         "AdaptionPrompt": "adapt.adaption_prompt",
         "Bits": "quant.bits",
         "Bottleneck": "adapt.bottleneck",
+        "Depth": "prune.depth",
         "EdgetuneError": "core.technique",
         "Equalize": "quant.equalize",
         "GLoRA": "adapt.glora",

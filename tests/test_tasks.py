@@ -22,7 +22,8 @@ from edgetune.tasks.entities import entities, entity_f1_pct
 from edgetune.tasks.quality import quality
 from edgetune.tasks.task import Batch, Task
 from edgetune.tasks.token_classification import TokenClassification
-from edgetune.train.loop import count_labels, soft_loss
+from edgetune.train.distill import soft_loss
+from edgetune.train.loop import count_labels
 from support.checkpoints import save_bert
 
 TAGS = ("O", "B-place", "I-place")

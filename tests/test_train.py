@@ -14,7 +14,7 @@ from torch.nn import functional
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.ledger import Quality
 from edgetune.train import checkpoint
-from edgetune.train.loop import count_labels, soft_loss, train
+from edgetune.train.loop import count_labels, train
 from edgetune.train.plan import TrainingPlan, epoch_order
 from edgetune.train.reached import GradientWatch
 from edgetune.train.settings import Distill, Train
@@ -96,36 +96,6 @@ def test_tokens_weigh_alike_however_texts_are_cut() -> None:
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert losses[2] == pytest.approx(losses[0], rel=1e-5)
     assert count_labels(Text().batch(range(4))[1]) == 5 + 2 + 0 + 4
-
-
-def test_soft_loss_is_the_divergence_times_the_squared_temperature() -> None:
-    torch.manual_seed(0)
-    logits, target, labels = torch.randn(5, 3), torch.randn(5, 3), torch.zeros(5, dtype=torch.int64)
-    p, q = (target / 3).softmax(1), (logits / 3).softmax(1)
-    expected = 9 * (p * (p / q).log()).sum(1).mean()
-    torch.testing.assert_close(soft_loss(logits, target, labels, 3.0), expected)
-    assert soft_loss(target, target, labels, 2.0) == pytest.approx(0.0, abs=1e-6)
-    with pytest.raises(EdgetuneError, match="teacher"):
-        soft_loss(logits, torch.randn(5, 4), labels, 2.0)
-
-
-def test_distillation_pulls_towards_the_teacher_and_leaves_it_alone() -> None:
-    torch.manual_seed(9)
-    teacher = Net().train()
-    before = {key: value.clone() for key, value in teacher.state_dict().items()}
-    words = Words()
-
-    def distance(model: nn.Module) -> float:
-        with torch.no_grad():
-            return float(soft_loss(model(words.tokens), teacher(words.tokens), words.labels, 1.0))
-
-    values = settings(updates=60, distill=Distill(teacher="prune", weight=1.0))
-    student, plain = net(dropout=0.0), net(dropout=0.0)
-    train(student, values, words, functional.cross_entropy, seed=0, teacher=teacher)
-    assert not teacher.training
-    assert all(torch.equal(before[key], value) for key, value in teacher.state_dict().items())
-    train(plain, settings(updates=60), words, functional.cross_entropy, seed=0)
-    assert distance(student) < distance(plain) / 2
 
 
 def test_keep_best_ends_with_the_best_epoch() -> None:

@@ -40,7 +40,9 @@ def export_training(
     out: Annotated[Path, typer.Option("-o", "--out", help="Program to write.")] = Path("train.pte"),
     target: Annotated[str, typer.Option(help="Lower for this target.", autocompletion=target_names)] = "xnnpack",
     rows: Annotated[int, typer.Option(min=1, help="Rows per batch.")] = 8,
+    optimizer: Annotated[str, typer.Option(help="sgd, or adamw, whose two moments the program keeps.")] = "sgd",
     momentum: Annotated[float, typer.Option(min=0.0, max=0.999, help="Momentum of SGD.")] = 0.0,
+    weight_decay: Annotated[float, typer.Option(min=0.0, help="Weight decay of AdamW.")] = 0.0,
     as_json: Json = False,
 ) -> int:
     """Export the training of a recipe as a program.
@@ -53,7 +55,11 @@ def export_training(
     with contextlib.redirect_stdout(sys.stderr):
         prepared = _prepare(recipe, overrides or [])
         inputs, labels = next(prepared.batches(rows))
-        artifact = lower(prepared.model, inputs, labels, out, loss=prepared.loss, target=target, momentum=momentum)
+        artifact = lower(
+            prepared.model, inputs, labels, out, loss=prepared.loss, target=target,
+            optimizer=optimizer,  # type: ignore[arg-type]  # checked by the export, which names the optimizers
+            momentum=momentum, weight_decay=weight_decay,
+        )  # fmt: skip
     manifest, training = artifact.manifest, artifact.training
     if as_json:
         print_result(manifest.model_dump(mode="json"))
@@ -75,7 +81,7 @@ def train_pte(
         "trained.safetensors"
     ),
     resume: Annotated[Path | None, typer.Option(help="Continue from this state.")] = None,
-    learning_rate: Annotated[float, typer.Option(min=0.0, help="Learning rate of SGD.")] = 0.01,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="Learning rate.")] = 0.01,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training rows.")] = 1,
     steps: Annotated[int | None, typer.Option(min=1, help="Stop after this many steps.")] = None,
     as_json: Json = False,
@@ -106,6 +112,9 @@ def pull(
     recipe: RecipeName,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option("-o", "--out", help="File to write the weights to.")] = Path("model.safetensors"),
+    adapter: Annotated[
+        Path | None, typer.Option(help="Also save the trained adapter in this folder, in peft's format.")
+    ] = None,
     as_json: Json = False,
 ) -> int:
     """Load weights trained by a program back into PyTorch.
@@ -114,13 +123,17 @@ def pull(
     """
     from safetensors.torch import save_model
 
+    from edgetune.adapt.files import save_adapter
     from edgetune.core.apply import finalize
     from edgetune.core.numbers import format_quality as in_words
     from edgetune.export.training.pull import pull as pull_
 
     with contextlib.redirect_stdout(sys.stderr):
         prepared = _prepare(recipe, overrides or [])
-        model = finalize(pull_(source, prepared.model))
+        model = pull_(source, prepared.model)
+        if adapter is not None:
+            save_adapter(model, adapter)
+        model = finalize(model)
         quality = prepared.quality(model)
         save_model(model, str(out))
     figures = {"weights": str(out), quality.metric: quality.value, "rows": quality.rows}

@@ -65,6 +65,7 @@ TECHNIQUES = {
     "sparse-update": "edgetune.sparse.update:SparseUpdate",
     "lean": "edgetune.lean.technique:Lean",
     "prune": "edgetune.prune.structured:Prune",
+    "depth": "edgetune.prune.depth:Depth",
     "bits": "edgetune.quant.bits:Bits",
     "equalize": "edgetune.quant.equalize:Equalize",
     "int4": "edgetune.quant.int4:Int4",

@@ -112,6 +112,9 @@ class LanguageSpec(Record):
     margin_at_difference: float | None = None  # of the model's logits there: its choice over the program's
 
 
+MOMENTUM, EXP_AVG, EXP_AVG_SQ, STEP = "_momentum", "_exp_avg", "_exp_avg_sq", "optimizer_step"  # names of its state
+
+
 class SliceSpec(Record):
     """Which channels of a layer's weight a `slice` stands for."""
 
@@ -121,12 +124,34 @@ class SliceSpec(Record):
 
 
 class TrainingParity(Record):
-    """Compares the program's losses with those of eager SGD, from the same weights on the same batches."""
+    """Compares the program's losses with those of eager mode, from the same weights on the same batches."""
 
     steps: int
     learning_rate: float
     max_abs_loss_difference: float
     losses: tuple[float, ...]  # the program's
+
+
+class OptimizerSpec(Record):
+    """The optimizer inside a training program: SGD, or AdamW with its two moments."""
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = 0.0  # of SGD
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW
+    eps: float = 1e-8  # of AdamW
+    weight_decay: float = 0.0  # of AdamW, for tensors of two dimensions and more
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """What it keeps for each parameter: endings of the parameter's name."""
+        if self.name == "adamw":
+            return EXP_AVG, EXP_AVG_SQ
+        return (MOMENTUM,) if self.momentum else ()
+
+    def state_names(self, trainable: Sequence[str]) -> tuple[str, ...]:
+        """The tensors that it keeps for these parameters."""
+        own = tuple(name + part for name in trainable for part in self.parts)
+        return (*own, STEP) if self.name == "adamw" else own
 
 
 class TrainingSpec(Record):
@@ -135,10 +160,10 @@ class TrainingSpec(Record):
     `train` takes the inputs, the labels and the learning rate, and updates the state that `forward` reads.
     """
 
-    momentum: float
+    optimizer: OptimizerSpec
     trainable: tuple[TensorSpec, ...]
     slices: tuple[SliceSpec, ...]
-    state_bytes: int  # what trains and its momentum; in no arena
+    state_bytes: int  # what trains and what the optimizer keeps for it; in no arena
     parity: TrainingParity
 
 

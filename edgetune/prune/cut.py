@@ -14,6 +14,7 @@ from edgetune.core.inputs import Inputs, call, tensors_in
 from edgetune.core.layers import is_transposed
 from edgetune.core.modes import preserve_state
 from edgetune.prune.attention import HEAD_COUNTS, attention_names, display_name, find_head_size, find_projections
+from edgetune.prune.changes import Changes
 from edgetune.prune.groups import Cut
 from edgetune.prune.layers import (
     BATCH_NORMS,
@@ -31,24 +32,6 @@ FFN_WIDTHS = (  # as config classes call it
     "intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "d_ff", "ffn_hidden_size",
     "encoder_ffn_dim", "decoder_ffn_dim",
 )  # fmt: skip
-
-
-class Changes:
-    """Every attribute set through it, with the value it had."""
-
-    def __init__(self) -> None:
-        self._before: list[tuple[Any, str, Any]] = []
-
-    def set(self, owner: Any, attribute: str, value: Any) -> None:
-        """Set an attribute and store its old value."""
-        self._before.append((owner, attribute, getattr(owner, attribute)))
-        setattr(owner, attribute, value)
-
-    def undo(self) -> None:
-        """Restore all old values, the last first."""
-        while self._before:
-            owner, attribute, value = self._before.pop()
-            setattr(owner, attribute, value)
 
 
 @torch.no_grad()

@@ -26,7 +26,6 @@ from edgetune.runtime.clock.runs import load_runtime, read_inputs, serve
 from edgetune.runtime.run import ask_child
 
 _PREFIX = "model."  # of the user's names in the program
-MOMENTUM = "_momentum"
 _MODULE = "edgetune.runtime.training"
 
 
@@ -52,7 +51,8 @@ class TrainingProgram:
         return logits  # type: ignore[no-any-return]
 
     def state(self) -> dict[str, Tensor]:
-        """Copies of the trained tensors by their names in the model, and of their momentum, `<name>_momentum`."""
+        """Copies of the trained tensors by their names in the model, and of the optimizer's, such as
+        `<name>_momentum`."""
         return {name: tensor.clone() for name, tensor in self._tensors().items()}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
@@ -72,8 +72,8 @@ class TrainingProgram:
     def _tensors(self) -> dict[str, Tensor]:
         """The tensors in the program's memory."""
         training = self.artifact.training
-        names = [spec.name for spec in training.trainable]
-        names += [name + MOMENTUM for name in names] if training.momentum else []
+        trained = [spec.name for spec in training.trainable]
+        names = (*trained, *training.optimizer.state_names(trained))
         return {name: self._train.get_attribute(_PREFIX + name) for name in names}
 
     def save(self, path: str | Path) -> None:
@@ -84,7 +84,7 @@ class TrainingProgram:
         training = self.artifact.training
         about = {
             "program": self.artifact.manifest.sha256,
-            "momentum": str(training.momentum),
+            "optimizer": training.optimizer.model_dump_json(),
             "slices": json.dumps([spec.model_dump() for spec in training.slices]),
         }
         with replace_files(path) as (temporary,):

@@ -19,26 +19,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from edgetune.core.apply import penalty
-from edgetune.core.divergence import mean_divergence
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.holders import is_distributed
 from edgetune.core.inputs import Inputs, call, device_of, logits_of, to_device
 from edgetune.core.ledger import LossPoint, Quality
 from edgetune.core.numbers import MIB
+from edgetune.data.rows import IGNORED_LABEL
 from edgetune.train import checkpoint
 from edgetune.train import optimizer as optimizers
+from edgetune.train.distill import Distillation
 from edgetune.train.plan import TrainingPlan, TrainingRows
 from edgetune.train.reached import GradientWatch
 from edgetune.train.resume import Interrupts, Progress, Saver, changing_tensors, restore_tensors, training_identity
-from edgetune.train.settings import Distill, Train
+from edgetune.train.settings import Train
 
 if TYPE_CHECKING:
     from edgetune.train.prefix.cache import PrefixCache, PrefixReport
-
-_IGNORED_LABEL = -100
 
 
 @dataclass(frozen=True)
@@ -111,10 +109,11 @@ def train(
         Interrupts(wait=saver is not None) as interrupts,
         stepping as largest_gradient,
         GradientWatch(model) as reached,
+        _distillation(model, teacher, settings) as distillation,
     ):
         for update in range(run.update, plan.updates):
             rate = optimizers.set_rate(optimizer, settings.learning_rate * plan.factor(update))
-            loss = _backward(model, teacher, settings.distill, loss_fn, plan.batches(update), plan.rows(update), cache)
+            loss = _backward(model, distillation, loss_fn, plan.batches(update), plan.rows(update), cache)
             _clip_gradients(parameters, settings.clip_norm, loss, update, rate, folder)
             optimizers.step(optimizer)
             run.add(loss, rate, largest_gradient[0] if largest_gradient else _gradient_bytes(parameters))
@@ -160,10 +159,17 @@ def _prefix(
     )
 
 
+def _distillation(
+    model: nn.Module, teacher: nn.Module | None, settings: Train
+) -> AbstractContextManager[Distillation | None]:
+    if teacher is None or settings.distill is None:
+        return nullcontext(None)
+    return Distillation(model, teacher, settings.distill)
+
+
 def _backward(
     model: nn.Module,
-    teacher: nn.Module | None,
-    distill: Distill | None,
+    distillation: Distillation | None,
     loss_fn: Callable[[Tensor, Tensor], Tensor],
     batches: Sequence[tuple[Inputs, Tensor]],
     rows: Sequence[Sequence[int]],
@@ -184,11 +190,8 @@ def _backward(
         with cache.rows(indices) if cache else nullcontext():
             logits = logits_of(call(model, inputs))
         loss = loss_fn(logits, labels)
-        if teacher is not None and distill is not None:
-            with torch.no_grad():
-                target = logits_of(call(teacher, inputs))
-            soft = soft_loss(logits, target, labels, distill.temperature)
-            loss = (1 - distill.weight) * loss + distill.weight * soft
+        if distillation is not None:
+            loss = distillation.loss(loss, logits, inputs, labels)
         added = penalty(model)
         loss = loss if added is None else loss + added
         loss = loss * (count / sum(counts))
@@ -199,26 +202,7 @@ def _backward(
 
 def count_labels(labels: Tensor) -> int:
     """Number of labels that a mean loss divides by: all numbers, and all classes except -100."""
-    return labels.numel() if labels.is_floating_point() else int(labels.ne(_IGNORED_LABEL).sum())
-
-
-def soft_loss(logits: Tensor, target: Tensor, labels: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence from the teacher's logits at `temperature`, times its square, averaged over labels.
-
-    Hinton, Vinyals, Dean: Distilling the knowledge in a neural network, 2015, section 2. Logits `(batch, classes)`,
-    or `(batch, tokens, classes)` if each position has a label. For numbers, the mean squared difference.
-    """
-    if logits.shape != target.shape:
-        raise EdgetuneError(
-            f"the teacher's logits {tuple(target.shape)} do not fit the model's {tuple(logits.shape)}",
-            action="take a teacher with the same classes",
-        )
-    if labels.is_floating_point():
-        return functional.mse_loss(logits, target)
-    if labels.dim() == 2:
-        keep = labels.ne(_IGNORED_LABEL)
-        logits, target = logits[keep], target[keep]
-    return mean_divergence(logits / temperature, target / temperature) * temperature**2
+    return labels.numel() if labels.is_floating_point() else int(labels.ne(IGNORED_LABEL).sum())
 
 
 def _clip_gradients(

@@ -12,7 +12,7 @@ from edgetune.train.loggers import LoggerName
 
 
 class Distill(Settings):
-    """Also learn from the logits of an earlier model."""
+    """Also learn from the outputs of an earlier model."""
 
     teacher: str
     """Name of an earlier step of the recipe: the teacher is the model just before that step."""
@@ -20,6 +20,10 @@ class Distill(Settings):
     """Weight of the teacher's loss; the loss of the labels has the remaining weight."""
     temperature: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     """Divisor of both models' logits; values above 1 also transfer the teacher's ranking of the other classes."""
+    hidden: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """Weight of the difference of hidden states, which is added: after each block of the model, from the teacher's
+    after as large a share of its blocks, relative to their size (TinyBERT: Jiao et al., 2020, arXiv:1909.10351,
+    equation 8). Both need hidden states of the same width."""
 
 
 class Train(StepSettings):
@@ -91,6 +95,8 @@ class Train(StepSettings):
             raise ValueError("give either epochs or updates; set the other to null")
         if self.in_backward and (self.accumulate > 1 or self.clip_norm is not None):
             raise ValueError("in_backward never has all gradients at once: set accumulate: 1 and clip_norm: null")
+        if self.cache_prefix and self.distill is not None and self.distill.hidden:
+            raise ValueError("distill.hidden needs the hidden states of every block: leave cache_prefix out")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError("betas must be at least 0 and below 1")
         unused = {"betas", "state_bits"} if self.optimizer == "sgd" else {"momentum"}

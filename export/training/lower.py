@@ -28,7 +28,8 @@ _VIEWS = ("permute", "view", "squeeze", "expand", "alias", "clone", "transpose",
 
 
 def compile_training(programs: dict[str, ExportedProgram], target: Target) -> tuple[dict[str, Lowered], int]:
-    """Lower the methods into one program. Also returns the bytes of the state: trainable weights and their momentum.
+    """Lower the methods into one program. Also returns the bytes of the state: trainable weights, and what the
+    optimizer keeps.
 
     The methods share the state; it is not part of their arenas. Raises `EdgetuneError` (exit code 5) with the
     operators that cannot be lowered.

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.merging import merge
-from edgetune.program.manifest import SliceSpec
-from edgetune.runtime.training import MOMENTUM, TrainingProgram, read_checkpoint
+from edgetune.export.training.update import parameter_of
+from edgetune.program.manifest import STEP, SliceSpec
+from edgetune.runtime.training import TrainingProgram, read_checkpoint
 from edgetune.sparse.sliced import Sliced
 
 
@@ -28,8 +29,8 @@ def pull(source: str | Path, model: nn.Module) -> nn.Module:
         state, slices = read_checkpoint(source)
     by_layer = {s.layer: s for s in slices}
     for name, value in state.items():
-        if name.endswith(MOMENTUM) and name.removesuffix(MOMENTUM) in state:
-            continue
+        if name == STEP or (parameter_of(name) != name and parameter_of(name) in state):
+            continue  # the optimizer's
         _write(model, name, value, by_layer)
     return merge(model, lambda layer: isinstance(layer, Sliced))
 

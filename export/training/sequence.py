@@ -13,7 +13,7 @@ from torch import fx
 from edgetune.export.training.draft import Draft, reach
 from edgetune.export.training.memory import backward_of, bytes_of
 from edgetune.export.training.order import Unit, schedule_units
-from edgetune.export.training.update import MOMENTUM
+from edgetune.export.training.update import parameter_of
 
 
 def order_operators(draft: Draft, updates: dict[str, fx.Node]) -> None:
@@ -74,11 +74,11 @@ def _prerequisites(draft: Draft, updates: dict[str, fx.Node]) -> dict[fx.Node, s
 
 
 def _only_for_one_update(draft: Draft, updates: dict[str, fx.Node]) -> set[fx.Node]:
-    """The operators needed only for the update of one parameter, or of its momentum."""
+    """The operators needed only for the update of one parameter, with what the optimizer keeps for it."""
     parameters: dict[str, int] = {}
     leads: dict[fx.Node, int] = {}  # a bit for each parameter
     for target, update in updates.items():
-        bit = parameters.setdefault(target.removesuffix(MOMENTUM), 1 << len(parameters))
+        bit = parameters.setdefault(parameter_of(target), 1 << len(parameters))
         leads[update] = leads.get(update, 0) | bit
     results = [n for n in draft.graph.output_node().all_input_nodes if n not in updates.values()]
     leads |= dict.fromkeys(results, (1 << len(parameters) + 1) - 1)

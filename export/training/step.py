@@ -10,6 +10,7 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, fx, nn
@@ -28,8 +29,9 @@ from edgetune.export.training import capture, memory, passes, sequence, update
 from edgetune.export.training.capture import JointGraph, Loss
 from edgetune.export.training.draft import Draft
 from edgetune.export.training.lower import FORWARD, TRAIN, compile_training
+from edgetune.export.training.optimizer import choose_optimizer, eager_like
 from edgetune.program.artifact import Artifact, write_pair
-from edgetune.program.manifest import Call, Manifest, SliceSpec, TrainingParity, TrainingSpec
+from edgetune.program.manifest import Call, Manifest, OptimizerSpec, SliceSpec, TrainingParity, TrainingSpec
 from edgetune.program.program_files import check_program_path
 from edgetune.runtime.training import steps_in_child
 from edgetune.sparse.sliced import Sliced
@@ -39,7 +41,7 @@ Batch = tuple[Inputs, Tensor]
 
 @dataclass(frozen=True)
 class Check:
-    """The comparison with eager SGD before a program gets its name."""
+    """The comparison with eager mode before a program gets its name."""
 
     steps: int = 5
     learning_rate: float = 0.01
@@ -54,23 +56,28 @@ def export_training(
     *,
     loss: Loss = nn.functional.cross_entropy,
     target: str = "xnnpack",
+    optimizer: Literal["sgd", "adamw"] = "sgd",
     momentum: float = 0.0,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
     forward_rows: int = 1,
     check_batches: Sequence[Batch] | None = None,
     check: Check | None = None,
 ) -> Artifact:
-    """Lower the training step of `model` to `path` (a `.pte`), compare it with eager SGD, and write `model.json`.
+    """Lower the training step of `model` to `path` (a `.pte`), compare it with PyTorch, and write `model.json`.
 
     All parameters that require a gradient are trained, in evaluation mode: without dropout and with frozen
-    statistics. The shapes are those of the examples; `forward` takes `forward_rows` rows. `train` takes the inputs
-    by position, the labels and the learning rate (a scalar), and returns the loss and the logits. Raises
-    `EdgetuneError` (exit code 5) if the step cannot be lowered, or if the losses of `check.steps` steps over
-    `check_batches` (by default only the example) differ from those of eager mode by more than
-    `check.max_loss_difference`. Then nothing is left at `path`.
+    statistics. `optimizer` is SGD with `momentum`, or AdamW with `betas` and a `weight_decay` of tensors other than
+    biases and norms, whose two moments are state of the program too. The shapes are those of the examples; `forward`
+    takes `forward_rows` rows. `train` takes the inputs by position, the labels and the learning rate (a scalar), and
+    returns the loss and the logits. Raises `EdgetuneError` (exit code 5) if the step cannot be lowered, or if the
+    losses of `check.steps` steps over `check_batches` (by default only the example) differ from those of eager mode by
+    more than `check.max_loss_difference`. Then nothing is left at `path`.
     """
     with silence_libraries():
         require("executorch", "export")
     path, check = Path(path), check or Check()
+    rule = choose_optimizer(optimizer, momentum, betas, weight_decay)
     check_program_path(path)
     chosen = targets.find(target)
     if target not in ("xnnpack", "portable"):
@@ -82,7 +89,7 @@ def export_training(
     few = rows_of(example_inputs, 0, forward_rows)
     with silence_libraries():
         programs = {
-            TRAIN: build_step(model_copy, example_inputs, example_labels, loss, momentum),
+            TRAIN: build_step(model_copy, example_inputs, example_labels, loss, rule),
             FORWARD: build_forward(model_copy, few),
         }
         with torch.no_grad():
@@ -96,27 +103,27 @@ def export_training(
     )
 
     def prove(partial: Path) -> Manifest:
-        training = _training_spec(
-            model, state_bytes, momentum, compare_losses(partial, model, batches, loss, momentum, check)
-        )
+        training = _training_spec(model, state_bytes, rule, compare_losses(partial, model, batches, loss, rule, check))
         return manifest_of("training", lowered[TRAIN], calls, chosen, None, path, training=training)
 
     return Artifact(path, write_pair(path, lowered[TRAIN].data, prove))
 
 
-def build_step(model_copy: nn.Module, inputs: Inputs, labels: Tensor, loss: Loss, momentum: float) -> ExportedProgram:
+def build_step(
+    model_copy: nn.Module, inputs: Inputs, labels: Tensor, loss: Loss, optimizer: OptimizerSpec
+) -> ExportedProgram:
     """Forward, loss, backward and update as one graph."""
     joint = capture.capture_joint(model_copy, inputs, labels, loss)
     with torch.no_grad():
-        return _add_update(joint, momentum)
+        return _add_update(joint, optimizer)
 
 
-def _add_update(joint: JointGraph, momentum: float) -> ExportedProgram:
+def _add_update(joint: JointGraph, optimizer: OptimizerSpec) -> ExportedProgram:
     draft = Draft(joint.program, set(joint.gradients))
     results = [s.arg.name for s in joint.program.graph_signature.output_specs
                if s.kind in (OutputKind.LOSS_OUTPUT, OutputKind.USER_OUTPUT)]  # fmt: skip
     gradients = {target: draft.find(name) for target, name in joint.gradients.items()}
-    updates = update.add_sgd(draft, gradients, momentum)
+    updates = update.add_optimizer(draft, gradients, optimizer)
     draft.set_outputs([*updates.values(), *(draft.find(name) for name in results)])
     memory.merge_equal(draft)
     passes.rewrite(draft)
@@ -143,16 +150,16 @@ def build_forward(model_copy: nn.Module, inputs: Inputs) -> ExportedProgram:
 
 
 def compare_losses(
-    path: Path, model: nn.Module, batches: Sequence[Batch], loss: Loss, momentum: float, check: Check
+    path: Path, model: nn.Module, batches: Sequence[Batch], loss: Loss, optimizer: OptimizerSpec, check: Check
 ) -> TrainingParity:
-    """Compare the losses of some steps in a child process with those of eager SGD from the same weights.
+    """Compare the losses of some steps in a child process with those of PyTorch from the same weights.
 
     Raises `EdgetuneError` if they differ by more than `check` allows, or are not finite.
     """
     chosen = [batches[n % len(batches)] for n in range(check.steps)]
     flat = [(*tensors_of(inputs), labels) for inputs, labels in chosen]
     actual = steps_in_child(path, flat, check.learning_rate)
-    expected = eager_losses(model, chosen, loss, momentum, check.learning_rate)
+    expected = eager_losses(model, chosen, loss, optimizer, check.learning_rate)
     worst = max(abs(a - b) if a == a else float("inf") for a, b in zip(actual, expected, strict=True))
     if not worst <= check.max_loss_difference:
         raise EdgetuneError(
@@ -168,25 +175,27 @@ def compare_losses(
 
 
 def eager_losses(
-    model: nn.Module, batches: Sequence[Batch], loss: Loss, momentum: float, learning_rate: float
+    model: nn.Module, batches: Sequence[Batch], loss: Loss, optimizer: OptimizerSpec, learning_rate: float
 ) -> list[float]:
     """PyTorch's losses for the same steps, on a copy, in eval mode."""
     eager = copy.deepcopy(model).cpu().eval()
-    optimizer = torch.optim.SGD([p for p in eager.parameters() if p.requires_grad], learning_rate, momentum)
+    eager_optimizer = eager_like(optimizer, eager, learning_rate)
     losses = []
     for inputs, labels in batches:
         value = loss(logits_of(call(eager, inputs)), labels)
-        optimizer.zero_grad()
+        eager_optimizer.zero_grad()
         value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        eager_optimizer.step()
         losses.append(value.item())
     return losses
 
 
-def _training_spec(model: nn.Module, state_bytes: int, momentum: float, parity: TrainingParity) -> TrainingSpec:
+def _training_spec(
+    model: nn.Module, state_bytes: int, optimizer: OptimizerSpec, parity: TrainingParity
+) -> TrainingSpec:
     trained = capture.trainable_parameters(model)
     return TrainingSpec(
-        momentum=momentum,
+        optimizer=optimizer,
         trainable=specs_of(tuple(trained.values()), tuple(trained)),
         slices=tuple(
             SliceSpec(layer=name, dim=layer.dim, indices=tuple(layer.indices.tolist()))

@@ -19,6 +19,7 @@ from edgetune.core.inputs import Inputs, call, logits_of
 from edgetune.core.technique import Sample, Technique
 from edgetune.core.traits import Trait
 from edgetune.lean.technique import Lean
+from edgetune.prune.depth import Depth
 from edgetune.prune.structured import Prune
 from edgetune.quant.bits import Bits
 from edgetune.quant.equalize import Equalize
@@ -47,6 +48,7 @@ from support.sizes import (
     nf4_size,
     pruned_bert_size,
     shared_size,
+    without_second_block,
 )
 
 
@@ -284,6 +286,11 @@ CASES = [
         "prune-cnn", (Prune(round_to=4),), cnn, pictures, error=0.7, size=lambda plain: bytes_of(Cnn(12)),
         same_shapes=False, exports=True, unmatched=Prune(skip=NOTHING),
     ),
+    Case(
+        "depth-mlp", (Depth(blocks=2),), mlp, vectors, error=0.5, size=without_second_block, same_keys=False,
+        same_shapes=False, exports=True, unmatched=Depth(blocks=1, lists=NOTHING),
+    ),
+    Case("depth-bert", (Depth(blocks=1),), bert, tokens, error=1.0, same_keys=False, same_shapes=False),
     Case("prune-bert", (Prune(),), bert, tokens, error=0.05, size=pruned_bert_size, same_shapes=False),
     Case(
         "int4-mlp", (Int4(),), mlp, vectors, error=0.2, size=int4_size, trains=False, exports=True,

@@ -94,3 +94,8 @@ def shared_size(targets: tuple[str, ...], ratio: float, block_size: int = 64) ->
         return bytes_of(plain) + 4 * (math.ceil(ratio * blocks) - blocks) * block_size + 3 * 4 * blocks
 
     return size
+
+
+def without_second_block(plain: nn.Module) -> int:
+    """Two of three blocks stay."""
+    return bytes_of(plain) - bytes_of(plain.get_submodule("blocks.1"))

@@ -14,8 +14,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from edgetune.core.inputs import Inputs, call, logits_of, tensors_of
 from edgetune.core.quiet import silence_libraries
 from edgetune.export.training.capture import Loss, LossModule, prepare_copy
+from edgetune.export.training.optimizer import eager_like
 from edgetune.export.training.step import Batch, eager_losses
 from edgetune.program.artifact import Artifact
+from edgetune.program.manifest import OptimizerSpec
 from edgetune.runtime.training import TrainingProgram, time_steps_in_child
 
 
@@ -55,11 +57,11 @@ def stock_plan_bytes(model: nn.Module, inputs: Inputs, labels: Tensor, loss: Los
 def loss_difference(
     artifact: Artifact, model: nn.Module, batches: Sequence[Batch], loss: Loss, steps: int, learning_rate: float
 ) -> float:
-    """The largest difference to eager SGD's losses over `steps` steps from the same weights."""
+    """The largest difference to eager losses over `steps` steps from the same weights."""
     program = TrainingProgram(artifact.path)
     chosen = [batches[n % len(batches)] for n in range(steps)]
     got = [program.step(inputs, labels, learning_rate)[0] for inputs, labels in chosen]
-    expected = eager_losses(model, chosen, loss, artifact.training.momentum, learning_rate)
+    expected = eager_losses(model, chosen, loss, artifact.training.optimizer, learning_rate)
     return max(abs(a - b) for a, b in zip(got, expected, strict=True))
 
 
@@ -76,13 +78,15 @@ def step_times(
         result = time_steps_in_child(artifact.path, (*tensors_of(inputs), labels), threads=threads, seconds=seconds)
         program += result["latencies_ms"][2:] or result["latencies_ms"]
         peaks.append(result["peak_memory_mib"] - result["empty_memory_mib"])
-        eager += _eager_ms(model, batch, loss, artifact.training.momentum, threads, seconds)
+        eager += _eager_ms(model, batch, loss, artifact.training.optimizer, threads, seconds)
     return StepTimes(threads, statistics.median(program), statistics.median(eager), statistics.median(peaks))
 
 
-def _eager_ms(model: nn.Module, batch: Batch, loss: Loss, momentum: float, threads: int, seconds: float) -> list[float]:
+def _eager_ms(
+    model: nn.Module, batch: Batch, loss: Loss, kind: OptimizerSpec, threads: int, seconds: float
+) -> list[float]:
     inputs, labels = batch
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-4, momentum)
+    optimizer = eager_like(kind, model, 1e-4)
     before, training = torch.get_num_threads(), model.training
     torch.set_num_threads(threads)
     model.eval()

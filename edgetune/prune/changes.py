@@ -1,0 +1,23 @@
+"""Attributes that pruning sets, with what they were: a model that cannot be cut is left as it came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class Changes:
+    """Every attribute set through it, with the value it had."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[Any, str, Any]] = []
+
+    def set(self, owner: Any, attribute: str, value: Any) -> None:
+        """Set an attribute and store its old value."""
+        self._before.append((owner, attribute, getattr(owner, attribute)))
+        setattr(owner, attribute, value)
+
+    def undo(self) -> None:
+        """Restore all old values, the last first."""
+        while self._before:
+            owner, attribute, value = self._before.pop()
+            setattr(owner, attribute, value)

@@ -1,0 +1,87 @@
+"""The configs of transformers after blocks were taken out: `from_pretrained` builds a model as deep."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import torch
+from torch import nn
+
+from edgetune.core.quiet import silence_libraries
+from edgetune.prune.changes import Changes
+
+Kept = Mapping[str, tuple[int, Sequence[int]]]  # of each list: how many blocks it had, and the positions that stay
+
+_COUNT = re.compile(r"(^|_)(n_)?(layers?|depth|blocks)$")  # names of a number of blocks, such as `encoder_layers`
+_MOST_COUNTS = 5  # names with the same number in one config; their subsets are tried
+
+
+def follow_depth(model: nn.Module, kept: Kept, changes: Changes) -> None:
+    """Write how many blocks there are, and the blocks' own entries of lists, into the configs of the model.
+
+    Of encoder and decoder with as many blocks, either number may be meant: the config with which the class builds the
+    model's own tensors is taken. Where none does, all names follow.
+    """
+    seen: set[int] = set()
+    for name, module in model.named_modules():
+        config: Any = getattr(module, "config", None)
+        below = {n: each for n, each in kept.items() if n.startswith(f"{name}.") or not name}
+        if not below or id(config) in seen or not hasattr(type(module), "from_pretrained"):
+            continue
+        configs = [each for each in _configs(config) if id(each) not in seen]  # a stack of T5 has its own copy
+        seen |= {id(each) for each in configs}
+        numbers = [(each, attribute) for each in configs for attribute in _counts(each, below)]
+        chosen = next((each for each in _subsets(numbers) if _builds(module, config, each, below)), numbers)
+        _write(chosen, below, changes)
+
+
+def _configs(config: Any) -> list[Any]:
+    """A config and those inside it, as of the towers of a CLIP."""
+    inner = [value for value in vars(config).values() if hasattr(value, "to_dict") and hasattr(value, "model_type")]
+    return [config, *(each for one in inner for each in _configs(one))]
+
+
+def _counts(config: Any, kept: Kept) -> list[str]:
+    """Names in the config of a number of blocks, as it was before."""
+    before = {count for count, _ in kept.values()}
+    named = {name: value for name, value in vars(config).items() if isinstance(value, int) and value in before}
+    return [name for name in named if _COUNT.search(name)]
+
+
+def _subsets(numbers: list[tuple[Any, str]]) -> list[list[tuple[Any, str]]]:
+    """All of them first, then fewer and fewer."""
+    sizes = range(len(numbers), 0, -1) if len(numbers) <= _MOST_COUNTS else [len(numbers)]
+    return [list(each) for size in sizes for each in combinations(numbers, size)]
+
+
+def _write(numbers: list[tuple[Any, str]], kept: Kept, changes: Changes) -> None:
+    stay = dict(kept.values())
+    written = {id(config): config for config, _ in numbers}
+    for config, name in numbers:
+        changes.set(config, name, len(stay[getattr(config, name)]))
+    for config in written.values():
+        for name, value in list(vars(config).items()):
+            if isinstance(value, (list, tuple)) and len(value) in stay and len(value) > 1:
+                changes.set(config, name, type(value)(value[position] for position in stay[len(value)]))
+
+
+def _builds(module: Any, config: Any, numbers: list[tuple[Any, str]], kept: Kept) -> bool:
+    """Whether the class makes tensors of the module's own names and shapes from the config with these numbers."""
+    changes = Changes()
+    _write(numbers, kept, changes)
+    try:
+        with silence_libraries(), torch.device("meta"):
+            built = type(module)(copy.deepcopy(config))
+    except Exception:
+        return False  # a class that cannot be built apart from its weights
+    finally:
+        changes.undo()
+    return _shapes(built) == _shapes(module)
+
+
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in module.state_dict().items()}
