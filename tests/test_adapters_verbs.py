@@ -52,6 +52,34 @@ def test_a_base_is_exported_with_adapters_and_predicts_with_each(
         copy_to_kit(path, find_platform("linux"), tmp_path / "kit")
 
 
+RECIPE = """
+model: {source: "hf:base", max_length: 16}
+data: "csv:rows.csv"
+steps: [int8_dynamic]
+export: {adapters: {en: en, legal: legal}, check_rows: 4}
+"""
+
+
+def test_a_recipe_exports_its_model_with_adapters(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {0: "down", 1: "up"}
+    model = save_bert(tmp_path / "base", num_labels=2, id2label=names, label2id={n: i for i, n in names.items()})
+    for place, name in enumerate(("en", "legal")):
+        save_lora(model, tmp_path / name, ["query", "dense"], seed=place, lora_alpha=16)
+    rows = [f"{'good' if n % 2 else 'bad'} text {n},{names[n % 2]}" for n in range(60)]
+    (tmp_path / "rows.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    written = tmp_path / "mine.yaml"
+    written.write_text(RECIPE, encoding="utf-8")
+    assert main(["run", str(written), "--out", str(tmp_path / "run")]) == 0
+    path = tmp_path / "run" / "model.pte"
+    scores = {name: [one.score for one in predict(path, TEXTS, adapter=name)] for name in (None, "en", "legal")}  # type: ignore[union-attr]
+    assert len({*map(tuple, scores.values())}) == 3
+    capsys.readouterr()
+    assert main(["run", str(written), "export.adapters={en: nowhere}", "--out", str(tmp_path / "other")]) != 0
+    assert "export.adapters, en" in capsys.readouterr().err
+    assert main(["run", str(written), "export.adapters={}", "export.form=files", "--out", str(tmp_path / "more")]) == 2
+    assert "form is for adapters, and there are none: got 'files'" in capsys.readouterr().err
+
+
 def test_adapters_are_combined_and_the_errors_stated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = save_bert(tmp_path / "base")
     folders = [str(save_lora(model, tmp_path / name, ["query"], seed=n)) for n, name in enumerate(("en", "legal"))]

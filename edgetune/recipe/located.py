@@ -26,6 +26,12 @@ def resolve_paths(values: Mapping[str, Any], folder: Path) -> dict[str, Any]:
                 absolute[key]["test_file"] = _absolute(value["test_file"], folder)
         elif key == "data.test_file" and isinstance(value, str):
             absolute[key] = _absolute(value, folder)
+        elif key == "export" and isinstance(value, Mapping) and isinstance(value.get("adapters"), Mapping):
+            absolute[key] = {**value, "adapters": _resolve_folders(value["adapters"], folder)}
+        elif key == "export.adapters" and isinstance(value, Mapping):
+            absolute[key] = _resolve_folders(value, folder)
+        elif key.startswith("export.adapters.") and isinstance(value, str):
+            absolute[key] = _absolute(value, folder)
         elif key == "variants" and isinstance(value, Mapping):
             absolute[key] = {n: resolve_paths(v, folder) if isinstance(v, Mapping) else v for n, v in value.items()}
         elif key in ("profile", "budget", "devices", "profile.devices", "device"):
@@ -50,6 +56,10 @@ def relative_source(source: str, folder: Path) -> str:
 
 def _absolute(path: str, folder: Path) -> str:
     return os.path.normpath(folder.absolute() / Path(path).expanduser())
+
+
+def _resolve_folders(folders: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    return {name: _absolute(path, folder) if isinstance(path, str) else path for name, path in folders.items()}
 
 
 def _resolve_descriptors(value: Any, folder: Path) -> Any:

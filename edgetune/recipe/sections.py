@@ -9,6 +9,7 @@ from pydantic import Field, SerializeAsAny, model_validator
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.floats import FloatType, KeyValueType
 from edgetune.core.technique import Settings, StepSettings
+from edgetune.program.manifest import AdapterForm
 
 CHECK_ROWS = 500
 LANGUAGE_CHECK_ROWS = 8  # a text takes a language program as long as a hundred rows take another
@@ -54,6 +55,13 @@ class ExportSettings(Settings):
     fewer."""
     min_same_prediction_pct: float = Field(99.0, ge=0, le=100)
     """Percentage of these rows, or tokens, on which both must agree; otherwise the export fails."""
+    adapters: dict[str, str] = Field(default_factory=dict)
+    """Adapters for the model as it ends, each by a name: folders in peft's format, relative to the recipe. One program
+    then computes the model with any of them."""
+    form: AdapterForm = "inputs"
+    """How the program gets an adapter: as `inputs`, which change from call to call, or from `files` beside it."""
+    adapter_rank: int | None = Field(None, ge=1)
+    """Rank of the LoRAs in place of adapters of other families; `null`: the lowest within 1 %."""
 
     @model_validator(mode="after")
     def _check_cache(self) -> ExportSettings:
@@ -63,6 +71,14 @@ class ExportSettings(Settings):
         if not self.language and self.cache_dtype is not None:
             message = "cache_dtype is the type of a text-generation program's cache, but language is false"
             raise EdgetuneError(message, got=self.cache_dtype, action="add language: true, or leave cache_dtype out")
+        return self
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> ExportSettings:
+        for name in ("form", "adapter_rank"):
+            if not self.adapters and getattr(self, name) != ExportSettings.model_fields[name].default:
+                message = f"{name} is for adapters, and there are none"
+                raise EdgetuneError(message, got=getattr(self, name), action=f"add adapters, or leave {name} out")
         return self
 
     def rows_to_check(self, available: int) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from edgetune.adapt.guarded import GuardedModel
+from edgetune.adapt.low_rank import read_files
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs
 from edgetune.program.card import write_card
@@ -149,12 +150,24 @@ def check_can_generate(model: nn.Module, task: Task, encode: Any, asked: ExportS
         raise
 
 
+def check_adapters(asked: ExportSettings) -> None:
+    """Raise before a training for folders of adapters that cannot be read after it."""
+    for name, folder in asked.adapters.items():
+        try:
+            read_files(Path(folder))
+        except EdgetuneError as error:
+            raise error.within(f"export.adapters, {name}") from error.__cause__
+
+
 def exportable_from_split(
     model: nn.Module, split: Split, max_length: int, asked: ExportSettings, carried: Carried, language: bool = False
 ) -> Exportable:
     """A model, with the held-out rows that a recipe's export compares it on; `language`: generate text in any case."""
     kept = Exportable(model, split.one_row(0, max_length), carried=carried)
     kept = replace(kept, min_same_prediction_pct=asked.min_same_prediction_pct, dtype=asked.dtype)
+    if asked.adapters:
+        folders = {name: Path(folder) for name, folder in asked.adapters.items()}
+        kept = replace(kept, adapters=folders, form=asked.form, adapter_rank=asked.adapter_rank)
     if not (asked.language or language):
         rows = asked.rows_to_check(len(split))
         return replace(kept, check_inputs=[split.one_row(i, max_length) for i in range(rows)])

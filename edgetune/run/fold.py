@@ -40,7 +40,7 @@ from edgetune.recipe.sections import Step
 from edgetune.run import reuse, runs
 from edgetune.run.budget import check_budgets
 from edgetune.run.environment import installed_versions
-from edgetune.run.exportable import check_can_generate, exportable_from_split, to_program
+from edgetune.run.exportable import check_adapters, check_can_generate, exportable_from_split, to_program
 from edgetune.run.finished import save_finished
 from edgetune.run.layer_times import layers_ms_of
 from edgetune.run.loading import has_guard, load_model, task_to_load
@@ -136,6 +136,8 @@ class Fold:
                 got=asked.check_rows,
                 action=f"use at most {len(self.test_split)}",
             )
+        if asked:
+            check_adapters(asked)
         if asked and asked.language:
             whole = [step.name for step in self.recipe.steps if not getattr(step.settings, "continues", True)]
             if whole:
