@@ -60,7 +60,8 @@ def whisper() -> nn.Module:
 def clip() -> nn.Module:
     sizes = {"hidden_size": 32, "num_attention_heads": 4, "intermediate_size": 64}
     text = {**sizes, "num_hidden_layers": 6, "vocab_size": 50}
-    return CLIPModel(CLIPConfig(text, {**sizes, "num_hidden_layers": 4, "image_size": 32, "patch_size": 8}))
+    vision = {**sizes, "num_hidden_layers": 4, "image_size": 32, "patch_size": 8}
+    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision))
 
 
 def gpt2() -> nn.Module:

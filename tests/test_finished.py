@@ -30,6 +30,8 @@ RUNS = {
         TEXT,
         "[prune: {ratio: 0.5, round_to: 32}, sparse-update: {scheme: last-1}, train: {updates: 2}, int4]",
     ),
+    "shorter, 4 bits": (TEXT, "[depth: {blocks: 1}, train: {updates: 1}, int4]"),
+    "a shorter language model": (LANGUAGE, "[depth: {blocks: [1]}, train: {updates: 1}]"),
     "pruned to odd widths, padded": (
         TEXT, "[prune: {ratio: 0.3, round_to: 4}, train: {updates: 1}, int4: {pad: true, group_size: channel}]",
     ),

@@ -26,9 +26,9 @@ def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("reviews.csv").write_text("\n".join(["text,label", *rows]), encoding="utf-8")
 
 
-def save_encoder() -> str:
+def save_encoder(**more: int) -> str:
     """A BERT of two layers in place of the recipe's MiniLM, which text-minilm's tests run."""
-    save_bert(Path("encoder"), "Model", max_position_embeddings=64, **SIZES)
+    save_bert(Path("encoder"), "Model", max_position_embeddings=64, **{**SIZES, **more})
     return "model.source=hf:encoder"
 
 
@@ -97,6 +97,15 @@ def test_compress(capsys: pytest.CaptureFixture[str]) -> None:
     assert ledger.rows[1].macs < ledger.rows[0].macs
     assert ledger.answers is not None
     assert [one.name for one in ledger.answers.classes] == ["up", "down"], "in the checkpoint's order"
+
+
+def test_distill_minilm() -> None:
+    rows = ("data.source=csv:reviews.csv", "data.train_rows=null", "data.validation_rows=null", "data.test_rows=null")
+    ledger = run("distill-minilm", save_encoder(num_hidden_layers=4), *rows, "depth.blocks=2", "export.check_rows=8")
+    assert steps_of(ledger) == ["load", "sparse-update", "train", "finalize", "depth", "train", "int4"]
+    assert ledger.rows[4].macs < 0.6 * ledger.rows[3].macs
+    assert ledger.rows[4].trainable_parameters == ledger.rows[4].parameters
+    assert main(["predict", "runs/one", "a good text"]) == 0
 
 
 def test_train_on_device(capsys: pytest.CaptureFixture[str]) -> None:

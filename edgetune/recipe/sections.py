@@ -55,7 +55,7 @@ class ExportSettings(Settings):
     fewer."""
     min_same_prediction_pct: float = Field(99.0, ge=0, le=100)
     """Percentage of these rows, or tokens, on which both must agree; otherwise the export fails."""
-    adapters: dict[str, str] = Field(default_factory=dict)
+    adapters: dict[str, str] = {}  # noqa: RUF012  pydantic copies it
     """Adapters for the model as it ends, each by a name: folders in peft's format, relative to the recipe. One program
     then computes the model with any of them."""
     form: AdapterForm = "inputs"
