@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 import edgetune as et
+from edgetune.adapt.glora_search import count, within
 from edgetune.adapt.supports import FORMS, GLoRALinear, SupportPath, draw_path
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.technique import Sample
@@ -130,6 +132,20 @@ def test_a_search_settles_on_paths_within_the_limit_that_train_on_and_merge(tmp_
     model = et.finalize(model)
     assert [type(m) for m in model.modules()] == [type(m) for m in mlp().modules()]
     torch.testing.assert_close(logits(model, vectors()), trained, atol=1e-5, rtol=1e-4)
+
+
+def test_a_choice_is_cut_no_further_than_the_limit_asks() -> None:
+    torch.manual_seed(0)
+    layers = [GLoRALinear(nn.Linear(12, 20), SupportPath(rank=4), supernet=True) for _ in range(6)]
+    for most in (40, 200, 600):
+        paths = tuple(draw_path(4) for _ in layers)
+        kept = within(layers, paths, most, random.Random(most))
+        sizes = [count(layer, path) for layer, path in zip(layers, kept, strict=True)]
+        assert sum(sizes) <= most < sum(count(layer, path) for layer, path in zip(layers, paths, strict=True))
+        for number, (path, drawn) in enumerate(zip(kept, paths, strict=True)):
+            for key in (key for key in FORMS if getattr(path, key) != getattr(drawn, key)):
+                larger = path.model_copy(update={key: getattr(drawn, key)})
+                assert sum(sizes) - sizes[number] + count(layers[number], larger) > most, "it would fit"
 
 
 def test_the_search_finds_no_worse_than_chance_and_is_reproducible() -> None:

@@ -117,7 +117,7 @@ class GLoRASearch(Technique):
                         _cross(*pair, chance)
                         for pair in zip(chance.choice(fittest), chance.choice(fittest), strict=True)
                     )
-                paths = _within(layers, paths, self.max_parameters, chance)
+                paths = within(layers, paths, self.max_parameters, chance)
                 if paths not in losses:
                     losses[paths] = loss_on(paths)
             fittest = sorted(losses, key=losses.__getitem__)[: self.parents]
@@ -155,15 +155,28 @@ def _cross(one: SupportPath, other: SupportPath, chance: random.Random) -> Suppo
     return one.model_copy(update={key: getattr(chance.choice((one, other)), key) for key in _KEYS})
 
 
-def _within(layers: Sequence[GLoRALinear], paths: _Paths, most: int, chance: random.Random) -> _Paths:
-    """The paths, with supports dropped at random until they have at most `most` values; one value at least."""
+def within(layers: Sequence[GLoRALinear], paths: _Paths, most: int, chance: random.Random) -> _Paths:
+    """The paths, with supports dropped at random until they have at most `most` values; one value at least.
+
+    Those that were dropped before a larger one, and fit beside the rest, come back: the limit is there to be used.
+    """
     chosen = list(paths)
     sizes = [count(layer, path) for layer, path in zip(layers, chosen, strict=True)]
+
+    def put(number: int, key: str, form: str) -> None:
+        chosen[number] = chosen[number].model_copy(update={key: form})
+        sizes[number] = count(layers[number], chosen[number])
+
+    gone: list[tuple[int, str, str]] = []
     while sum(sizes) > most:
         number = chance.choice([number for number, size in enumerate(sizes) if size])
-        dropped = chance.choice([key for key in FORMS if getattr(chosen[number], key) != "none"])
-        chosen[number] = chosen[number].model_copy(update={dropped: "none"})
-        sizes[number] = count(layers[number], chosen[number])
+        key = chance.choice([key for key in FORMS if getattr(chosen[number], key) != "none"])
+        gone.append((number, key, getattr(chosen[number], key)))
+        put(number, key, "none")
+    for number, key, form in gone[::-1]:
+        put(number, key, form)
+        if sum(sizes) > most:
+            put(number, key, "none")
     if not sum(sizes):
-        chosen[0] = chosen[0].model_copy(update={"E": "scalar"})
+        put(0, "E", "scalar")
     return tuple(chosen)
