@@ -20,7 +20,7 @@ from edgetune.adapt.low_rank import LowRank, linear_widths, read_low_rank
 from edgetune.capture.positional import Positional, as_plain, as_program
 from edgetune.core.errors import EdgetuneError, Exit, truncate_list
 from edgetune.core.inputs import Inputs
-from edgetune.core.ledger import Parity
+from edgetune.core.parity import Parity
 from edgetune.core.registry import require
 from edgetune.export.program_inputs import ProgramInputs
 from edgetune.export.side_paths import AdaptedProgram, SidePaths, multiply_given, multiply_stored

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.ledger import Parity
 from edgetune.core.numbers import format_size
+from edgetune.core.parity import Parity
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import require
 from edgetune.export import external_weights

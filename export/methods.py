@@ -14,8 +14,8 @@ from edgetune.capture.dynamic import Axis, Dynamic, axes_of
 from edgetune.capture.positional import as_plain
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call, tensors_of
-from edgetune.core.ledger import Parity
 from edgetune.core.outputs import named_outputs
+from edgetune.core.parity import Parity
 from edgetune.export.lower import Layout, check_finalized, lower_methods
 from edgetune.export.pipeline import call_of, choose_target, eager_rows, locator, manifest_of, output_names
 from edgetune.export.program_inputs import ProgramInputs, names_of, prepare_inputs, specs_of

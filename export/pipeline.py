@@ -20,8 +20,8 @@ from edgetune.capture.positional import Positional
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.floats import FloatType, check_types
 from edgetune.core.inputs import Inputs, tensors_of
-from edgetune.core.ledger import Parity
 from edgetune.core.modes import preserve_buffers
+from edgetune.core.parity import Parity
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.registry import installed_version, require
 from edgetune.export import targets
@@ -50,7 +50,10 @@ from edgetune.program.manifest import (
 from edgetune.program.program_files import check_program_path, sha256_of
 from edgetune.runtime import forks, verify
 from edgetune.runtime.allowed import STATIC_INT8, allowed_difference
+from edgetune.runtime.ties import measure_ties
 from edgetune.runtime.verify import Bounds, Row
+
+TIED_ROWS = 16  # on which the model is compared with itself
 
 
 def export_program(
@@ -200,6 +203,11 @@ def _prove(
         partial, program, inputs.rows, mask=mask, data=data, tries=inputs.tries, locate=locate, same_within=same_within
     )
     parity = compared.parity(len(inputs.rows), allowed_difference(program, dtype), inputs.counted)
+    with silence_libraries(), preserve_buffers(program), torch.no_grad():
+        ties = measure_ties(
+            program, inputs.rows[:TIED_ROWS], lambda row: verify.eager_outputs(program, row), same_within
+        )
+    parity = parity.model_copy(update={"ties": ties})
     verify.check(parity, bounds, lambda: locate(compared.worst))
     return parity, compared.results
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from edgetune.capture.graph import capture, prepare
 from edgetune.capture.positional import Positional
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.ledger import Parity
+from edgetune.core.parity import Parity
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.technique import Sample
 from edgetune.export import export

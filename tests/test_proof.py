@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from edgetune.capture.positional import Positional
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.ledger import OutputParity, Parity
+from edgetune.core.parity import OutputParity, Parity
 from edgetune.core.quiet import silence_libraries
 from edgetune.core.technique import Sample
 from edgetune.export import export

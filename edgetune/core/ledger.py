@@ -12,6 +12,7 @@ from pydantic import Field
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.one_line import Entry
+from edgetune.core.parity import Parity
 from edgetune.core.widths import BitWidths
 
 
@@ -112,38 +113,6 @@ class UndelegatedOperator(Entry):
     operator: str
     module: str
     count: int
-
-
-class OutputParity(Entry):
-    """One output of the program compared with the eager model's, over all inputs that were tried."""
-
-    name: str
-    largest: float  # absolute value in eager mode
-    max_abs_difference: float
-    max_relative_difference: float  # the same over `largest`
-    exact: bool = False  # whole numbers or truth values: no difference is allowed
-
-
-class Parity(Entry):
-    """The program compared with the eager model, on held-out rows, greedy tokens or given inputs."""
-
-    rows: int  # number of what `counted` names
-    same_prediction_pct: float
-    max_abs_difference: float
-    counted: Literal["held-out row", "greedy token", "input"] = "held-out row"
-    outputs: tuple[OutputParity, ...] = ()  # empty: an older program, compared by predictions alone
-    max_relative_allowed: float | None = None
-    tried: tuple[str, ...] = ()  # what else it was run on, in addition to the rows
-
-    @property
-    def number(self) -> str:
-        """`8 rows`, `1 input`, `64 greedy tokens`."""
-        return f"{self.rows:,} {self.counted.removeprefix('held-out ')}{'s' * (self.rows != 1)}"
-
-    @property
-    def max_relative_difference(self) -> float | None:
-        """Of the output that is furthest off."""
-        return max((output.max_relative_difference for output in self.outputs), default=None)
 
 
 class Program(Entry):

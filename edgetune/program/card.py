@@ -20,7 +20,8 @@ from edgetune.program.carried import (
 )
 
 if TYPE_CHECKING:
-    from edgetune.core.ledger import Ledger, Parity
+    from edgetune.core.ledger import Ledger
+    from edgetune.core.parity import Parity
     from edgetune.program.manifest import Manifest
     from edgetune.program.operators import Operator
 
@@ -197,7 +198,10 @@ def _values(parity: Parity) -> str:
         return apart
     allowed = f" ({parity.max_relative_allowed:g} allowed)" if parity.max_relative_allowed is not None else ""
     also = f"; also tried: {', '.join(parity.tried)}" if parity.tried else ""
-    return f"{apart}, which is {parity.max_relative_difference:.1e} of the largest output value{allowed}{also}"
+    ties = "" if parity.ties is None else (
+        f"; float noise on what is rounded to 8 bits moves the model by {parity.ties.max_relative_difference:.1e}"
+    )  # fmt: skip
+    return f"{apart}, which is {parity.max_relative_difference:.1e} of the largest output value{allowed}{ties}{also}"
 
 
 def _run(ledger: Ledger) -> Iterable[str]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.floats import FloatType, KeyValueType
-from edgetune.core.ledger import Parity, UndelegatedOperator
+from edgetune.core.ledger import UndelegatedOperator
+from edgetune.core.parity import Parity
 from edgetune.program.carried import Carried, TextPreprocessing
 from edgetune.program.operators import Operator
 from edgetune.program.program_files import Record, check_bytes, program_at, sha256_of, unusable_error

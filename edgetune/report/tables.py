@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from edgetune.core.ledger import METRICS, Ledger, Parity, Program, Quality, Row, Shift
+from edgetune.core.ledger import METRICS, Ledger, Program, Quality, Row, Shift
 from edgetune.core.numbers import (
     DASH,
     capitalize_first,
@@ -22,6 +22,7 @@ from edgetune.core.numbers import (
     metric_unit,
     pluralize,
 )
+from edgetune.core.parity import Parity, RoundingTies
 
 Tone = Literal["", "good", "bad", "faint"]
 
@@ -219,6 +220,8 @@ def _lines(program: Program) -> list[tuple[str, str]]:
         lines.append(("largest output difference", format_number(program.parity.max_abs_difference)))
         if program.parity.max_relative_difference is not None:
             lines.append(("relative to the largest output", _relative(program.parity)))
+        if program.parity.ties is not None:
+            lines.append(("PyTorch beside itself, moved by float noise", _ties(program.parity.ties)))
     return [*lines, ("SHA-256", program.sha256)]
 
 
@@ -239,6 +242,8 @@ def _brief_lines(program: Program) -> list[tuple[str, str]]:
         relative = program.parity.max_relative_difference is not None
         difference = f"{absolute}; relative: {_relative(program.parity)}" if relative else absolute
         lines.append(("largest output difference", difference))
+        if program.parity.ties is not None:
+            lines.append(("PyTorch, by rounding ties", _ties(program.parity.ties)))
     return lines
 
 
@@ -247,6 +252,13 @@ def _same_prediction(program: Program) -> str:
     if parity is None:
         return "not checked"
     return f"{format_percent(parity.same_prediction_pct)} % of {pluralize(parity.rows, parity.counted)}"
+
+
+def _ties(ties: RoundingTies) -> str:
+    """How far the model is from itself when activations between two codes are rounded the other way."""
+    changed = f"{ties.changed:,} of {ties.activations:,} 8-bit activations"
+    same = f"same prediction {format_percent(ties.same_prediction_pct)} %"
+    return f"{same}, relative: {ties.max_relative_difference:.1e} ({changed} lie between two codes)"
 
 
 def _relative(parity: Parity) -> str:

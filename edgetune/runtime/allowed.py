@@ -29,7 +29,7 @@ def allowed_difference(model: nn.Module, dtype: torch.dtype = torch.float32) -> 
             allowed = max(allowed, _allowed_in_graph(module))
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
             allowed = max(allowed, allowed_in(tensor.dtype))
-            if _rounds_activations(tensor):
+            if rounds_activations(tensor):
                 allowed = max(allowed, DYNAMIC_INT8)
     return allowed
 
@@ -39,7 +39,7 @@ def allowed_in(dtype: torch.dtype) -> float:
     return ROUNDINGS * UNIT_ROUNDOFF[dtype] if dtype in UNIT_ROUNDOFF else FLOAT
 
 
-def _rounds_activations(weight: Tensor) -> bool:
+def rounds_activations(weight: Tensor) -> bool:
     """Whether a weight is one of torchao's that rounds the activations it is multiplied with."""
     settings = (getattr(weight, name, None) for name in ("activation_quantization", "act_quant_kwargs"))
     return type(weight).__module__.startswith("torchao") and any(setting is not None for setting in settings)

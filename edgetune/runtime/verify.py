@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.ledger import OutputParity, Parity
 from edgetune.core.modes import preserve_buffers
 from edgetune.core.outputs import named_outputs
+from edgetune.core.parity import OutputParity, Parity
 from edgetune.core.quiet import silence_libraries
 from edgetune.runtime.predictions import predictions_of
 from edgetune.runtime.run import run_in_child

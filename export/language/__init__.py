@@ -21,8 +21,8 @@ from edgetune.core.files import write_atomically
 from edgetune.core.floats import FloatType, KeyValueType, check_types
 from edgetune.core.freed import release_freed_memory
 from edgetune.core.inputs import device_of
-from edgetune.core.ledger import Parity
 from edgetune.core.modes import preserve_state
+from edgetune.core.parity import Parity
 from edgetune.export import targets
 from edgetune.export.adapters import AdapterSet, prove_each, read_adapters, split_files
 from edgetune.export.language import parity

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.core.ledger import OutputParity, Parity
+from edgetune.core.parity import OutputParity, Parity
 from edgetune.quant.blocks import unpack_by_rows
 from edgetune.runtime.allowed import FLOAT, allowed_difference
 from edgetune.runtime.language import greedy_in_child
+from edgetune.runtime.ties import measure_ties
 
 _ROUNDED = 0.25  # of the largest logit: through the cache, a rounding error affects each later token
 _BATCH = 16  # prompts in one child process, which holds the logits of all its answers
@@ -38,6 +39,7 @@ def compare(
     """
     cut = [list(ids)[: max(1, max_tokens - tokens)] for ids in prompts]
     wanted = min(tokens, max_tokens)
+    tried: list[tuple[Tensor, Tensor]] = []  # prompts and answers
     counted = same = 0
     first: tuple[int, float] | None = None
     largest = difference = 0.0
@@ -46,6 +48,7 @@ def compare(
         answers = greedy_in_child(path, batch, wanted, prefill_tokens, given=given, data=data)
         for prompt, (got, logits) in zip(batch, answers, strict=True):
             expected = eager_logits(model, prompt, got)
+            tried = [*tried, (torch.tensor(prompt), torch.tensor(got))][:_BATCH]
             if not bool(torch.isfinite(logits).all()):
                 message = "the program returns logits that are not finite"
                 raise EdgetuneError(message, where=str(path), exit_code=Exit.EXPORT)
@@ -57,6 +60,7 @@ def compare(
             counted, same = counted + len(got), same + int(equal.sum())
             largest = max(largest, float(expected.abs().max()))
             difference = max(difference, float((expected - logits).abs().max()))
+    ties = measure_ties(model, tried, lambda row: {"logits": eager_logits(model, *(ids.tolist() for ids in row))})
     relative = difference / (largest or 1.0)
     logits_parity = OutputParity(
         name="logits", largest=largest, max_abs_difference=difference, max_relative_difference=relative
@@ -68,6 +72,7 @@ def compare(
         counted="greedy token",
         outputs=(logits_parity,),
         max_relative_allowed=allowed,
+        ties=ties,
     )
     return parity, first
 

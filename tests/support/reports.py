@@ -13,7 +13,6 @@ from edgetune.core.ledger import (
     Ledger,
     LossPoint,
     Measured,
-    Parity,
     Predicted,
     Program,
     Quality,
@@ -22,6 +21,7 @@ from edgetune.core.ledger import (
     UndelegatedOperator,
     Verdict,
 )
+from edgetune.core.parity import Parity
 
 
 def left_out(operator: str, module: str, count: int) -> UndelegatedOperator:
