@@ -33,6 +33,12 @@ RECIPES = {
   - train: {updates: 2, batch_size: 8, distill: {teacher: prune}}
   - int4
 """,
+    "shorter, and taught by hidden states": """
+  - train: {updates: 2, batch_size: 8}
+  - depth: {blocks: 1}
+  - train: {updates: 3, batch_size: 8, distill: {teacher: depth, hidden: 2}}
+  - int8_dynamic
+""",
     "finalized between": """
   - lora: {rank: 2, targets: ["*.query"]}
   - finalize
@@ -83,7 +89,7 @@ def by_hand(fold: Fold, chosen: Recipe) -> nn.Module:
     teacher: nn.Module | None = None
     for index, step in enumerate(chosen.steps):
         seed_everything(chosen.seed + 1000 * (index + 1))
-        if step.name == "prune":
+        if step.name in ("prune", "depth"):
             model = et.finalize(model)
             teacher = copy.deepcopy(model).eval().requires_grad_(False)
         if isinstance(step.settings, Technique):
@@ -153,6 +159,13 @@ def test_int4_calibrates_on_training_rows_in_the_run_and_not_in_its_rehearsal(fo
 def test_a_learning_rate_ratio_without_lora_is_refused_before_the_training(folder: Path) -> None:
     chosen = read("\n  - sparse-update: {scheme: last-1}\n  - train: {updates: 1, learning_rate_ratio: 16}")
     with pytest.raises(EdgetuneError, match=r"step 2, train.* no B matrix .*\(found before any training\)"):
+        begun(chosen, folder).rehearse()
+
+
+def test_hidden_states_of_another_shape_are_refused_before_the_training(folder: Path) -> None:
+    taught = "train: {updates: 1, distill: {teacher: prompt, hidden: 1}}"
+    chosen = read(f"\n  - train: {{updates: 1}}\n  - prompt: {{kind: prompt, tokens: 2}}\n  - {taught}")
+    with pytest.raises(EdgetuneError, match=r"step 3, train.*another shape than .*\(found before any training\)"):
         begun(chosen, folder).rehearse()
 
 

@@ -26,6 +26,7 @@ from edgetune.profile.device import load as load_device
 from edgetune.quant.size import stored_bytes
 from edgetune.recipe.recipe import Recipe
 from edgetune.train import loggers
+from edgetune.train.distill import check_hidden
 from edgetune.train.loop import seed_everything, trainable_parameters
 from edgetune.train.optimizer import faster_parameters
 from edgetune.train.settings import Train
@@ -59,10 +60,13 @@ def rehearse(
     if not any(isinstance(step.settings, Train) for step in recipe.steps):
         return 0
     model, written_bytes = copy.deepcopy(model), 0
+    teachers: dict[str, nn.Module | None] = dict.fromkeys(_teachers_of_hidden_states(recipe))
     for move in plan_steps([step.settings for step in recipe.steps]):
         step = recipe.steps[move.index]
         progress("rehearse", move.index, len(recipe.steps), step.name)
         seed_everything(recipe.seed)
+        if step.name in teachers and teachers[step.name] is None:
+            teachers[step.name] = copy.deepcopy(model)
         try:
             with name_step_in_errors(recipe, move.index + 1):
                 if move.finalizes:
@@ -71,6 +75,9 @@ def rehearse(
                     model = apply(model, step.settings.for_rehearsal(), sample)
                 elif isinstance(step.settings, Train):
                     faster_parameters(step.settings, model)
+                    distill = step.settings.distill
+                    if distill is not None and (teacher := teachers.get(distill.teacher)) is not None:
+                        check_hidden(model, teacher, distill, example)
                     written_bytes += 2 * 3 * sum(parameter.nbytes for parameter in trainable_parameters(model))
         except EdgetuneError as error:
             error.what += " (found before any training)"
@@ -80,6 +87,12 @@ def rehearse(
         call(model, example)
     progress("rehearse", len(recipe.steps), len(recipe.steps), "")
     return written_bytes + stored_bytes(model) * (2 if recipe.export else 1)
+
+
+def _teachers_of_hidden_states(recipe: Recipe) -> set[str]:
+    """The steps before which the model is a teacher of hidden states."""
+    distilled = [step.settings.distill for step in recipe.steps if isinstance(step.settings, Train)]
+    return {each.teacher for each in distilled if each is not None and each.hidden}
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from torch.nn import functional
 from edgetune.core.divergence import mean_divergence
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call, logits_of, tensors_in, token_mask
+from edgetune.core.modes import preserve_state
 from edgetune.data.rows import IGNORED_LABEL
 from edgetune.lean.stages import blocks_of
 from edgetune.train.settings import Distill
@@ -43,6 +44,15 @@ class Distillation:
         if self.settings.hidden:
             loss = loss + self.settings.hidden * hidden_loss(self.own.states, self.taught.states, token_mask(inputs))
         return loss
+
+
+@torch.no_grad()
+def check_hidden(model: nn.Module, teacher: nn.Module, settings: Distill, example: Inputs) -> None:
+    """Raise before a training if the two have no hidden states in common."""
+    with Distillation(model, teacher, settings) as distillation, preserve_state(model), preserve_state(teacher):
+        for each in (model, teacher):
+            call(each, example)
+        hidden_loss(distillation.own.states, distillation.taught.states, None)
 
 
 class HiddenStates:
