@@ -12,6 +12,7 @@ from torch.nn import functional
 
 import edgetune as et
 from edgetune.core.errors import EdgetuneError
+from edgetune.lean.stages import blocks_of
 from edgetune.train.distill import Distillation, HiddenStates, hidden_loss, soft_loss
 from edgetune.train.loop import train
 from edgetune.train.settings import Distill, Train
@@ -72,7 +73,7 @@ def test_a_block_learns_from_the_teachers_after_as_large_a_share(student: int, t
 
 def test_the_states_are_the_outputs_of_the_blocks_at_the_latest_call() -> None:
     model = Mlp().eval()
-    watched = HiddenStates(model)
+    watched = HiddenStates(model, blocks_of(model))
     watched.watch()
     with torch.no_grad():
         model(vectors() + 1)
@@ -107,7 +108,7 @@ def student_of(teacher: nn.Module, **distill: float) -> nn.Module:
 
 
 def states_of(model: nn.Module) -> list[Tensor]:
-    watched = HiddenStates(model)
+    watched = HiddenStates(model, blocks_of(model))
     watched.watch()
     logits(model, tokens())
     states = list(watched.states)

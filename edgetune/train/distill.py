@@ -23,8 +23,13 @@ class Distillation:
 
     def __init__(self, model: nn.Module, teacher: nn.Module, settings: Distill) -> None:
         self.teacher, self.settings = teacher, settings
-        self.own = HiddenStates(model if settings.hidden else None)
-        self.taught = HiddenStates(teacher if settings.hidden else None)
+        taught = blocks_of(teacher) if settings.hidden else []
+        own = (blocks_of(model) or _last_of(model, taught)) if settings.hidden else []
+        for each, names in ((model, own), (teacher, taught)):
+            if settings.hidden and not names:
+                problem = f"distill.hidden: {type(each).__name__} has no repeated blocks"
+                raise EdgetuneError(problem, action="leave hidden out")
+        self.own, self.taught = HiddenStates(model, own), HiddenStates(teacher, taught)
 
     def __enter__(self) -> Distillation:
         self.own.watch()
@@ -56,15 +61,10 @@ def check_hidden(model: nn.Module, teacher: nn.Module, settings: Distill, exampl
 
 
 class HiddenStates:
-    """The outputs of a model's blocks at its latest call, in their order; without a model there are none."""
+    """The outputs of a model's blocks at its latest call, in their order."""
 
-    def __init__(self, model: nn.Module | None) -> None:
-        names = blocks_of(model) if model is not None else []
-        if model is not None and not names:
-            raise EdgetuneError(
-                f"distill.hidden: {type(model).__name__} has no repeated blocks", action="leave hidden out"
-            )
-        self.blocks = [model.get_submodule(name) for name in names] if model is not None else []
+    def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        self.blocks = [model.get_submodule(name) for name in names]
         self.states: list[Tensor] = []
         self.handles: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -86,6 +86,12 @@ class HiddenStates:
         for handle in self.handles:
             handle.remove()
         self.states = []
+
+
+def _last_of(model: nn.Module, taught: Sequence[str]) -> list[str]:
+    """The only block of a model that has one left of the teacher's: by itself it repeats nothing."""
+    modules = dict(model.named_modules())
+    return [name for name in taught if name in modules]
 
 
 def soft_loss(logits: Tensor, target: Tensor, labels: Tensor, temperature: float) -> Tensor:
