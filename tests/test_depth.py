@@ -14,12 +14,18 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPConfig,
     CLIPModel,
+    ConvNextConfig,
+    ConvNextForImageClassification,
+    Dinov2Config,
+    Dinov2ForImageClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    SwinConfig,
+    SwinForImageClassification,
     T5Config,
     T5ForConditionalGeneration,
     WhisperConfig,
@@ -74,6 +80,24 @@ def distilbert() -> nn.Module:
     )
 
 
+def dinov2() -> nn.Module:
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 6}
+    return Dinov2ForImageClassification(Dinov2Config(**sizes, image_size=32, patch_size=8))
+
+
+def swin() -> nn.Module:
+    sizes: dict[str, Any] = {"embed_dim": 12, "depths": [2, 2, 4], "num_heads": [2, 2, 2], "window_size": 2}
+    return SwinForImageClassification(SwinConfig(**sizes, image_size=32, patch_size=4))
+
+
+def convnext() -> nn.Module:
+    return ConvNextForImageClassification(ConvNextConfig(depths=[2, 2, 2, 2], hidden_sizes=[8, 8, 16, 16]))
+
+
+def images() -> Inputs:
+    return {"pixel_values": torch.randn(2, 3, 32, 32)}
+
+
 def pair() -> Inputs:
     return {**tokens(), "decoder_input_ids": tokens()["input_ids"]}  # type: ignore[call-overload]
 
@@ -103,6 +127,9 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], Inputs], et.Depth, 
     "whisper, the decoder": (
         whisper, sound, et.Depth(blocks=2, lists=("*.decoder.layers",)), {"encoder_layers": 4, "decoder_layers": 2},
     ),
+    "dinov2": (dinov2, images, et.Depth(blocks=2), {"num_hidden_layers": 2, "out_features": ["stage2"]}),
+    "swin": (swin, images, et.Depth(blocks=2), {"depths": [2, 2, 2]}),
+    "convnext": (convnext, images, et.Depth(blocks=1, lists=("*.stages.*.layers",)), {"depths": [1, 1, 1, 1]}),
     "clip": (clip, pixels_and_text, et.Depth(blocks=2), {}),
 }  # fmt: skip
 

@@ -140,12 +140,12 @@ def _refuse_own_tensors(name: str, blocks: Mapping[str, nn.Module], kept: tuple[
     tensors = [set(block.state_dict()) for block in blocks.values()]
     remaining = set().union(*(tensors[position] for position in kept))
     for position, (key, own) in enumerate(zip(blocks, tensors, strict=True)):
-        alone = sorted(own - remaining)
+        alone, enough = sorted(own - remaining), sorted({*kept, position})
         if position not in kept and alone:
             raise EdgetuneError(
                 f"block {key} of {name or 'the model'} has what no block that stays has: {truncate_list(alone)}",
                 got=list(kept),
-                action=f"keep it: blocks: [{', '.join(map(str, sorted({*kept, position})))}]",
+                action=f"keep it: blocks: {enough}, or name other lists: lists",
             )
 
 

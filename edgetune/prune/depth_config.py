@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -24,7 +25,7 @@ def follow_depth(model: nn.Module, kept: Kept, changes: Changes) -> None:
     """Write how many blocks there are, and the blocks' own entries of lists, into the configs of the model.
 
     Of encoder and decoder with as many blocks, either number may be meant: the config with which the class builds the
-    model's own tensors is taken. Where none does, all names follow.
+    model's own tensors is taken. Where none does, all names follow, with a warning.
     """
     seen: set[int] = set()
     for name, module in model.named_modules():
@@ -33,10 +34,16 @@ def follow_depth(model: nn.Module, kept: Kept, changes: Changes) -> None:
         if not below or id(config) in seen or not hasattr(type(module), "from_pretrained"):
             continue
         configs = [each for each in _configs(config) if id(each) not in seen]  # a stack of T5 has its own copy
-        seen |= {id(each) for each in configs}
+        outermost, seen = not seen, seen | {id(each) for each in configs}
         numbers = [(each, attribute) for each in configs for attribute in _counts(each, below)]
-        chosen = next((each for each in _subsets(numbers) if _builds(module, config, each, below)), numbers)
-        _write(chosen, below, changes)
+        chosen = next((each for each in _subsets(numbers) if _builds(module, configs, each, below)), None)
+        if chosen is None and outermost:
+            warnings.warn(
+                f"the config of {type(module).__name__} cannot say which blocks are left, so from_pretrained does not "
+                "load the shorter model; a finished run does",
+                stacklevel=2,
+            )
+        _write(configs, numbers if chosen is None else chosen, below, changes)
 
 
 def _configs(config: Any) -> list[Any]:
@@ -53,29 +60,49 @@ def _counts(config: Any, kept: Kept) -> list[str]:
 
 
 def _subsets(numbers: list[tuple[Any, str]]) -> list[list[tuple[Any, str]]]:
-    """All of them first, then fewer and fewer."""
-    sizes = range(len(numbers), 0, -1) if len(numbers) <= _MOST_COUNTS else [len(numbers)]
+    """All of them first, then fewer and fewer, down to none."""
+    sizes = range(len(numbers), -1, -1) if len(numbers) <= _MOST_COUNTS else [len(numbers)]
     return [list(each) for size in sizes for each in combinations(numbers, size)]
 
 
-def _write(numbers: list[tuple[Any, str]], kept: Kept, changes: Changes) -> None:
+def _write(configs: list[Any], numbers: list[tuple[Any, str]], kept: Kept, changes: Changes) -> None:
     stay = dict(kept.values())
-    written = {id(config): config for config, _ in numbers}
     for config, name in numbers:
         changes.set(config, name, len(stay[getattr(config, name)]))
-    for config in written.values():
+    counts = [count for count, _ in kept.values()]
+    for config in configs:
+        entries_of = stay if any(config is each for each, _ in numbers) else {}
         for name, value in list(vars(config).items()):
-            if isinstance(value, (list, tuple)) and len(value) in stay and len(value) > 1:
-                changes.set(config, name, type(value)(value[position] for position in stay[len(value)]))
+            if not isinstance(value, (list, tuple)) or len(value) < 2:
+                continue
+            if list(value) == counts:  # the depths of stages
+                changes.set(config, name, type(value)(len(positions) for _, positions in kept.values()))
+            elif len(value) in entries_of:
+                changes.set(config, name, type(value)(value[position] for position in entries_of[len(value)]))
+        if entries_of:
+            _write_stages(config, len(next(iter(entries_of.values()))), changes)
 
 
-def _builds(module: Any, config: Any, numbers: list[tuple[Any, str]], kept: Kept) -> bool:
+def _write_stages(config: Any, depth: int, changes: Changes) -> None:
+    """The names of the blocks as outputs of a backbone, of which one that is gone becomes the last."""
+    stages = getattr(config, "stage_names", None)
+    if not isinstance(stages, list) or len(stages) <= depth + 1:
+        return
+    changes.set(config, "stage_names", stages[: depth + 1])
+    for name, last in (("_out_features", stages[depth]), ("_out_indices", depth)):
+        value = getattr(config, name, None)
+        if isinstance(value, (list, tuple)):
+            allowed = stages[: depth + 1] if isinstance(last, str) else range(depth + 1)
+            changes.set(config, name, [each for each in value if each in allowed] or [last])
+
+
+def _builds(module: Any, configs: list[Any], numbers: list[tuple[Any, str]], kept: Kept) -> bool:
     """Whether the class makes tensors of the module's own names and shapes from the config with these numbers."""
     changes = Changes()
-    _write(numbers, kept, changes)
+    _write(configs, numbers, kept, changes)
     try:
         with silence_libraries(), torch.device("meta"):
-            built = type(module)(copy.deepcopy(config))
+            built = type(module)(copy.deepcopy(module.config))
     except Exception:
         return False  # a class that cannot be built apart from its weights
     finally:
