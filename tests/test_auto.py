@@ -17,7 +17,8 @@ from edgetune.sparse.auto.account import CostModel
 from edgetune.sparse.auto.choose import choose
 from edgetune.sparse.scheme import Slice
 from edgetune.sparse.update import SparseUpdate
-from support.laws import Mlp, mlp
+from support.law_models import Mlp
+from support.laws import mlp
 from support.schemes import loss, rows
 
 torch.set_num_threads(1)

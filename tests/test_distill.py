@@ -16,7 +16,8 @@ from edgetune.lean.stages import blocks_of
 from edgetune.train.distill import Distillation, HiddenStates, hidden_loss, soft_loss
 from edgetune.train.loop import train
 from edgetune.train.settings import Distill, Train
-from support.laws import Mlp, bert, logits, tokens, vectors
+from support.law_models import Mlp
+from support.laws import bert, logits, tokens, vectors
 from support.trainable import Net, Words, net, settings
 
 

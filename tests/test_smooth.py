@@ -21,7 +21,8 @@ from edgetune.quant.channels import find_groups
 from edgetune.quant.rounding import Grid, mse_codes
 from edgetune.quant.scales import output_error
 from support.causal import family
-from support.laws import Mlp, bert, llama, logits, mlp, tokens, vectors
+from support.law_models import Mlp
+from support.laws import bert, llama, logits, mlp, tokens, vectors
 
 
 def groups_of(model: nn.Module, inputs: Inputs) -> dict[str, list[str]]:

@@ -16,7 +16,7 @@ from edgetune.export.training import lower
 from edgetune.export.training.pull import pull
 from edgetune.export.training.step import Check, eager_losses, export_training
 from edgetune.program.artifact import Artifact
-from edgetune.program.manifest import OptimizerSpec
+from edgetune.program.manifest import UpdateRule
 from edgetune.quant.int4 import Int4
 from edgetune.runtime.training import TrainingProgram, time_steps_in_child, train_pte
 from edgetune.sparse.sliced import Sliced
@@ -310,5 +310,5 @@ def test_eager_losses_leave_the_model_alone() -> None:
     model = transformer()
     before = copy.deepcopy(model.state_dict())
     with silence_libraries():
-        eager_losses(model, TEXTS[:2], F.cross_entropy, OptimizerSpec(), RATE)
+        eager_losses(model, TEXTS[:2], F.cross_entropy, UpdateRule(), RATE)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

@@ -133,7 +133,7 @@ class TrainingParity(Record):
     losses: tuple[float, ...]  # the program's
 
 
-class OptimizerSpec(Record):
+class UpdateRule(Record):
     """The optimizer inside a training program: SGD, or AdamW with its two moments."""
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -161,7 +161,7 @@ class TrainingSpec(Record):
     `train` takes the inputs, the labels and the learning rate, and updates the state that `forward` reads.
     """
 
-    optimizer: OptimizerSpec
+    optimizer: UpdateRule
     trainable: tuple[TensorSpec, ...]
     slices: tuple[SliceSpec, ...]
     state_bytes: int  # what trains and what the optimizer keeps for it; in no arena

@@ -8,18 +8,18 @@ import torch
 from torch import nn
 
 from edgetune.core.errors import EdgetuneError, Exit
-from edgetune.program.manifest import OptimizerSpec
+from edgetune.program.manifest import UpdateRule
 
 _OWN = {"sgd": ("momentum",), "adamw": ("betas", "weight_decay")}  # settings
 
 
 def choose_optimizer(
     name: Literal["sgd", "adamw"], momentum: float, betas: tuple[float, float], weight_decay: float
-) -> OptimizerSpec:
+) -> UpdateRule:
     """The optimizer of these settings. Raises `EdgetuneError` (exit code 2) for one that it does not have."""
     if name not in _OWN:
         raise EdgetuneError("unknown optimizer", got=name, allowed=[*_OWN], exit_code=Exit.USAGE)
-    default, given = OptimizerSpec(), {"momentum": momentum, "betas": tuple(betas), "weight_decay": weight_decay}
+    default, given = UpdateRule(), {"momentum": momentum, "betas": tuple(betas), "weight_decay": weight_decay}
     for setting, value in given.items():
         if setting not in _OWN[name] and value != getattr(default, setting):
             raise EdgetuneError(
@@ -34,10 +34,10 @@ def choose_optimizer(
     for setting, (fits, words) in allowed.items():
         if not fits:
             raise EdgetuneError(f"{setting} is out of range", got=given[setting], allowed=[words], exit_code=Exit.USAGE)
-    return OptimizerSpec(name=name, momentum=momentum, betas=betas, weight_decay=weight_decay)
+    return UpdateRule(name=name, momentum=momentum, betas=betas, weight_decay=weight_decay)
 
 
-def eager_like(optimizer: OptimizerSpec, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
+def eager_like(optimizer: UpdateRule, model: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """PyTorch's optimizer of the model's trainable parameters, as the program has it."""
     trained = [p for p in model.parameters() if p.requires_grad]
     if optimizer.name == "sgd":

@@ -31,7 +31,7 @@ from edgetune.export.training.draft import Draft
 from edgetune.export.training.lower import FORWARD, TRAIN, compile_training
 from edgetune.export.training.optimizer import choose_optimizer, eager_like
 from edgetune.program.artifact import Artifact, write_pair
-from edgetune.program.manifest import Call, Manifest, OptimizerSpec, SliceSpec, TrainingParity, TrainingSpec
+from edgetune.program.manifest import Call, Manifest, SliceSpec, TrainingParity, TrainingSpec, UpdateRule
 from edgetune.program.program_files import check_program_path
 from edgetune.runtime.training import steps_in_child
 from edgetune.sparse.sliced import Sliced
@@ -110,7 +110,7 @@ def export_training(
 
 
 def build_step(
-    model_copy: nn.Module, inputs: Inputs, labels: Tensor, loss: Loss, optimizer: OptimizerSpec
+    model_copy: nn.Module, inputs: Inputs, labels: Tensor, loss: Loss, optimizer: UpdateRule
 ) -> ExportedProgram:
     """Forward, loss, backward and update as one graph."""
     joint = capture.capture_joint(model_copy, inputs, labels, loss)
@@ -118,7 +118,7 @@ def build_step(
         return _add_update(joint, optimizer)
 
 
-def _add_update(joint: JointGraph, optimizer: OptimizerSpec) -> ExportedProgram:
+def _add_update(joint: JointGraph, optimizer: UpdateRule) -> ExportedProgram:
     draft = Draft(joint.program, set(joint.gradients))
     results = [s.arg.name for s in joint.program.graph_signature.output_specs
                if s.kind in (OutputKind.LOSS_OUTPUT, OutputKind.USER_OUTPUT)]  # fmt: skip
@@ -150,7 +150,7 @@ def build_forward(model_copy: nn.Module, inputs: Inputs) -> ExportedProgram:
 
 
 def compare_losses(
-    path: Path, model: nn.Module, batches: Sequence[Batch], loss: Loss, optimizer: OptimizerSpec, check: Check
+    path: Path, model: nn.Module, batches: Sequence[Batch], loss: Loss, optimizer: UpdateRule, check: Check
 ) -> TrainingParity:
     """Compare the losses of some steps in a child process with those of PyTorch from the same weights.
 
@@ -175,7 +175,7 @@ def compare_losses(
 
 
 def eager_losses(
-    model: nn.Module, batches: Sequence[Batch], loss: Loss, optimizer: OptimizerSpec, learning_rate: float
+    model: nn.Module, batches: Sequence[Batch], loss: Loss, optimizer: UpdateRule, learning_rate: float
 ) -> list[float]:
     """PyTorch's losses for the same steps, on a copy, in eval mode."""
     eager = copy.deepcopy(model).cpu().eval()
@@ -190,9 +190,7 @@ def eager_losses(
     return losses
 
 
-def _training_spec(
-    model: nn.Module, state_bytes: int, optimizer: OptimizerSpec, parity: TrainingParity
-) -> TrainingSpec:
+def _training_spec(model: nn.Module, state_bytes: int, optimizer: UpdateRule, parity: TrainingParity) -> TrainingSpec:
     trained = capture.trainable_parameters(model)
     return TrainingSpec(
         optimizer=optimizer,

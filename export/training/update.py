@@ -9,7 +9,7 @@ from torch import fx
 
 from edgetune.export.training.capture import CHILD
 from edgetune.export.training.draft import Draft
-from edgetune.program.manifest import EXP_AVG, EXP_AVG_SQ, MOMENTUM, STEP, OptimizerSpec
+from edgetune.program.manifest import EXP_AVG, EXP_AVG_SQ, MOMENTUM, STEP, UpdateRule
 
 aten = torch.ops.aten
 LEARNING_RATE = "learning_rate"
@@ -21,7 +21,7 @@ def parameter_of(target: str) -> str:
     return next((target.removesuffix(part) for part in PARTS if target.endswith(part)), target)
 
 
-def add_optimizer(draft: Draft, gradients: dict[str, fx.Node], optimizer: OptimizerSpec) -> dict[str, fx.Node]:
+def add_optimizer(draft: Draft, gradients: dict[str, fx.Node], optimizer: UpdateRule) -> dict[str, fx.Node]:
     """Add the update to the graph, with a scalar input `learning_rate`. Returns the new value of each tensor."""
     rate = draft.input(LEARNING_RATE, torch.zeros(()))
     if optimizer.name == "adamw":
@@ -44,9 +44,7 @@ def _add_sgd(draft: Draft, gradients: dict[str, fx.Node], rate: fx.Node, momentu
     return updates
 
 
-def _add_adamw(
-    draft: Draft, gradients: dict[str, fx.Node], rate: fx.Node, optimizer: OptimizerSpec
-) -> dict[str, fx.Node]:
+def _add_adamw(draft: Draft, gradients: dict[str, fx.Node], rate: fx.Node, optimizer: UpdateRule) -> dict[str, fx.Node]:
     """As `torch.optim.AdamW` (Loshchilov and Hutter, 2019, arXiv:1711.05101, algorithm 2).
 
     `m = b1 m + (1 - b1) g; v = b2 v + (1 - b2) g^2; p = p (1 - lr decay) - lr c m / (sqrt(v) + c' eps)` with

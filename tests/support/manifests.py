@@ -10,12 +10,12 @@ from edgetune.program.manifest import (
     Call,
     LanguageSpec,
     Manifest,
-    OptimizerSpec,
     ProgramKind,
     TensorSpec,
     TokenizerSpec,
     TrainingParity,
     TrainingSpec,
+    UpdateRule,
 )
 from edgetune.program.program_files import sha256_of
 
@@ -45,7 +45,7 @@ def manifest(kind: ProgramKind, carried: Carried | None = None) -> Manifest:
         cache_bytes=0, tokenizer=tokenizer,
     )  # fmt: skip
     parity = TrainingParity(steps=1, learning_rate=0.1, max_abs_loss_difference=0.0, losses=(1.0,))
-    training = TrainingSpec(optimizer=OptimizerSpec(), trainable=(), slices=(), state_bytes=0, parity=parity)
+    training = TrainingSpec(optimizer=UpdateRule(), trainable=(), slices=(), state_bytes=0, parity=parity)
     return Manifest(
         kind=kind, target="xnnpack", size_bytes=len(PROGRAM), sha256=sha256_of(PROGRAM), versions={}, carried=carried,
         language=language if kind == "language" else None, training=training if kind == "training" else None,

@@ -23,7 +23,8 @@ from edgetune.tasks.text_classification import TextClassification
 from edgetune.train.plan import epoch_order
 from edgetune.train.prefix.cache import PrefixCache
 from edgetune.train.prefix.rows import bytes_of
-from support.laws import Mlp, bert, cnn, llama, mlp
+from support.law_models import Mlp
+from support.laws import bert, cnn, llama, mlp
 
 torch.set_num_threads(1)
 

@@ -17,7 +17,7 @@ from edgetune.export.training.capture import Loss, LossModule, prepare_copy
 from edgetune.export.training.optimizer import eager_like
 from edgetune.export.training.step import Batch, eager_losses
 from edgetune.program.artifact import Artifact
-from edgetune.program.manifest import OptimizerSpec
+from edgetune.program.manifest import UpdateRule
 from edgetune.runtime.training import TrainingProgram, time_steps_in_child
 
 
@@ -83,7 +83,7 @@ def step_times(
 
 
 def _eager_ms(
-    model: nn.Module, batch: Batch, loss: Loss, kind: OptimizerSpec, threads: int, seconds: float
+    model: nn.Module, batch: Batch, loss: Loss, kind: UpdateRule, threads: int, seconds: float
 ) -> list[float]:
     inputs, labels = batch
     optimizer = eager_like(kind, model, 1e-4)
