@@ -53,7 +53,7 @@ from edgetune.runtime.allowed import STATIC_INT8, allowed_difference
 from edgetune.runtime.ties import measure_ties
 from edgetune.runtime.verify import Bounds, Row
 
-TIED_ROWS = 16  # on which the model is compared with itself
+TIED_ROWS = 8  # on which the model is compared with itself
 
 
 def export_program(
