@@ -76,8 +76,12 @@ def export(
     that has it. With `form="inputs"` the matrices are inputs of the program, and each adapter is a small file
     `model.NAME.safetensors` of their values: a program changes its adapter from one call to the next, and zeros are the
     base. With `form="files"` each adapter is a file `model.NAME.ptd`, which is loaded beside the base's `model.ptd`.
+    With `form="methods"` all are in the program: each is a method of its name beside the method `base`. The base's
+    weights are stored once, but a runtime packs them for each method that it loads; values are compared, not
+    predictions.
     """
     from edgetune.core.apply import check_model
+    from edgetune.export.adapter_methods import export_adapters_as_methods
     from edgetune.export.lower import Layout
     from edgetune.export.pipeline import export_program
     from edgetune.runtime.verify import Bounds
@@ -89,6 +93,24 @@ def export(
             "the third argument must be the path", where="et.export", got=type(path).__name__, action=action
         )
 
+    if adapters is not None and form == "methods":
+        return export_adapters_as_methods(
+            model,
+            example_inputs,
+            Path(path),
+            adapters,
+            adapter_rank=adapter_rank,
+            device=device,
+            target=target,
+            dtype=dtype,
+            check_inputs=check_inputs,
+            one_row=one_row,
+            dynamic=dynamic,
+            external_data=external_data,
+            io_in_plan=io_in_plan,
+            max_relative_difference=max_relative_difference,
+            carried=carried,
+        )
     bounds = Bounds(min_same_prediction_pct, max_abs_difference, max_relative_difference)
     return export_program(
         model,

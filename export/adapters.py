@@ -30,7 +30,7 @@ from edgetune.program.manifest import AdaptedLayer, AdapterFile, AdapterForm, Ad
 from edgetune.program.program_files import sha256_of
 from edgetune.program.tensor_data import Weight, merge_tensor_data, read_tensor_data, write_tensor_data
 
-FORMS: tuple[AdapterForm, ...] = ("inputs", "files")
+FORMS: tuple[AdapterForm, ...] = ("inputs", "files", "methods")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _KEEPS_APART = ("xnnpack", "portable")  # targets whose weights can be in a file of their own
 Proof = TypeVar("Proof", bound="tuple[Parity | None, object]")
@@ -137,7 +137,7 @@ def read_adapters(
         if ranks:
             inputs, outputs = linear_widths(layer) or (0, 0)
             layers.append(AdaptedLayer(name=name, inputs=inputs, outputs=outputs, rank=max(ranks)))
-    chosen: AdapterForm = "inputs" if form == "inputs" else "files"
+    chosen: AdapterForm = next(each for each in FORMS if each == form)
     return AdapterSet(adapters, chosen, tuple(layers), _sign(model, layers, chosen, dtype))
 
 
@@ -218,7 +218,7 @@ def _check_request(folders: Mapping[str, str | Path], form: str, rank: int | Non
         raise EdgetuneError("adapter_rank: must be at least 1", got=rank, action="leave it out, or give a rank")
     if form not in FORMS:
         raise EdgetuneError(
-            "adapters are inputs of the program, or files that are loaded beside it", got=form, allowed=FORMS
+            "adapters are inputs of the program, files that are loaded beside it, or methods", got=form, allowed=FORMS
         )
     if not folders:
         raise EdgetuneError("there are no adapters", action='write adapters={"en": folder}, or leave adapters out')

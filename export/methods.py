@@ -21,6 +21,8 @@ from edgetune.export.pipeline import call_of, choose_target, eager_rows, locator
 from edgetune.export.program_inputs import ProgramInputs, names_of, prepare_inputs, specs_of
 from edgetune.export.targets.target import Target
 from edgetune.program.artifact import Artifact, write_pair
+from edgetune.program.card import write_card
+from edgetune.program.carried import Carried, write_tokenizer
 from edgetune.program.manifest import Manifest, data_path
 from edgetune.runtime import verify
 from edgetune.runtime.allowed import allowed_difference
@@ -40,6 +42,7 @@ def export_methods(
     external_data: bool = False,
     io_in_plan: bool = True,
     max_relative_difference: float | None = None,
+    carried: Carried | None = None,
 ) -> Artifact:
     """Lower several modules, or methods of them, into one program at `path` (a `.pte`); equal weights are stored once.
 
@@ -47,8 +50,8 @@ def export_methods(
 
     Each method takes the tensors of its example inputs by position, with their shapes, and returns all tensors that
     it returns in eager mode: one tensor, a tuple or a mapping. It runs in a child process and is compared with eager
-    mode on its example inputs, or on `check_inputs`. `device`, `target`, `external_data` and `io_in_plan` are as in
-    `et.export`, and so is `dynamic`, for each method.
+    mode on its example inputs, or on `check_inputs`. `device`, `target`, `external_data`, `io_in_plan` and `carried`
+    are as in `et.export`, and so is `dynamic`, for each method.
 
     Raises `EdgetuneError` (exit code 5) if a method cannot be lowered or does not run, if a value is not finite, or
     if a value of an output differs by more than `max_relative_difference` of the largest value of the output;
@@ -79,9 +82,13 @@ def export_methods(
                 parity, outputs = prove_method(partial, request, chosen, data, max_relative_difference)
                 specs = specs_of(outputs[0], request.outputs, outputs[1] if request.axes else None)
                 calls.append(call_of(name, lowered[name], request.inputs.specs, specs, parity, io_in_plan=io_in_plan))
-            return manifest_of("methods", first, tuple(calls), chosen, device, path)
+            beside = None if carried is None else write_tokenizer(carried, path)
+            return manifest_of("methods", first, tuple(calls), chosen, device, path, carried=beside)
 
-        return Artifact(path=path, manifest=write_pair(path, first.data, prove, first.weights))
+        manifest = write_pair(path, first.data, prove, first.weights)
+    if carried is not None:
+        write_card(path, manifest)
+    return Artifact(path=path, manifest=manifest)
 
 
 class MethodModule(nn.Module):

@@ -84,7 +84,7 @@ def export(
     ] = None,
     form: Annotated[
         str | None,
-        typer.Option(help="With named adapters: inputs (of the program, the default) or files (loaded beside it)."),
+        typer.Option(help="With named adapters: inputs (the default), files beside the program, or methods of it."),
     ] = None,
     adapter_rank: Annotated[
         int | None,

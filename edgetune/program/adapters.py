@@ -16,7 +16,7 @@ from edgetune.core.registry import require
 from edgetune.program.manifest import AdapterForm, AdaptersSpec, Manifest
 from edgetune.program.tensor_data import Weight, merge_tensor_data, read_tensor_data
 
-SUFFIXES: dict[AdapterForm, str] = {"inputs": ".safetensors", "files": ".ptd"}
+SUFFIXES: dict[AdapterForm, str] = {"inputs": ".safetensors", "files": ".ptd"}  # methods have no files
 SIGNATURE = "edgetune.signature"  # in the metadata of a safetensors file; a key of a `.ptd`, which has none
 
 Adapter = str | Path | None

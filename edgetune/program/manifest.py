@@ -168,7 +168,7 @@ class TrainingSpec(Record):
     parity: TrainingParity
 
 
-AdapterForm = Literal["inputs", "files"]
+AdapterForm = Literal["inputs", "files", "methods"]
 
 
 class AdaptedLayer(Record):

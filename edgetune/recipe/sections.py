@@ -59,7 +59,8 @@ class ExportSettings(Settings):
     """Adapters for the model as it ends, each by a name: folders in peft's format, relative to the recipe. One program
     then computes the model with any of them."""
     form: AdapterForm = "inputs"
-    """How the program gets an adapter: as `inputs`, which change from call to call, or from `files` beside it."""
+    """How the program gets an adapter: as `inputs`, which change from call to call, from `files` beside it, or as
+    `methods`, one for each."""
     adapter_rank: int | None = Field(None, ge=1)
     """Rank of the LoRAs in place of adapters of other families; `null`: the lowest within 1 %."""
 

@@ -111,6 +111,9 @@ def export_language(
     guarded = outer if isinstance(outer, GuardedModel) else None
     model = outer if guarded is None else guarded.base
     check_narrow(model, floats)
+    if form == "methods":
+        message = "the methods of a text-generation program would each have a cache, and tokens of their own in it"
+        raise EdgetuneError(message, got=form, allowed=["inputs", "files"], action="leave form out")
     sides = read_adapters(adapters, form, adapter_rank, model, chosen, dtype)
     guard = None if guarded is None else guard_method(guarded, prompts, tokenizer, spec, carried)
     with _as_program(model, max_tokens, floats, stored, sides) as (program, paths):
