@@ -74,6 +74,7 @@ def test_what_methods_cannot_be_is_refused(tmp_path: Path) -> None:
         et.export(bert(), tokens(), tmp_path / "model.pte", adapters=folders, form="methods", dtype="bf16")
     with pytest.raises(EdgetuneError, match="a method's name must be an identifier: got 'en-US'"):
         et.export(bert(), tokens(), tmp_path / "model.pte", adapters={"en-US": folders["en"]}, form="methods")
+    writer, tokenizer = decoders.llama(), decoders.tokenizer()
     with pytest.raises(EdgetuneError, match="would each have a cache"):
         et.export_language(writer, tokenizer, tmp_path / "model.pte", max_tokens=64, adapters=folders, form="methods")
     assert not list(tmp_path.glob("model.*"))
