@@ -82,7 +82,8 @@ def document(rows: Sequence[Row], checks: Sequence[Verdict]) -> str:
         "",
         f"Made by `python benchmarks/bench_quant.py` on {machine['cpu']}, torch {machine['torch']}, executorch "
         f"{machine['executorch']}. Mean and range over the seeds, on held-out test rows that chose nothing. KL and "
-        "changed: from the trained float model. Seconds of processor time, one thread, training included.",
+        "changed: from the trained float model. Difference: of the program from the quantized model, beside what rounding "
+        "ties alone move that by. Seconds of processor time, one thread, training included.",
         "",
         *(f"- {'reached' if met else 'MISSED'}: {text}" for met, text in checks),
     ]
@@ -92,12 +93,12 @@ def document(rows: Sequence[Row], checks: Sequence[Verdict]) -> str:
         metric = "perplexity" if task.kind == "language" else "accuracy, %"
         lines += [
             "", f"## {name}", "",
-            f"| method | seeds | {metric} | range | KL x 1000 | range | changed, % | file, MiB | difference | s |",
-            "|---|---|---|---|---|---|---|---|---|---|",
+            f"| method | seeds | {metric} | range | KL x 1000 | range | changed, % | file, MiB | difference | ties | s |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         lines += [_line(table, name, method) for method in names_of(name) if table.values(name, method, "quality")]
         failed = {row["method"]: row["failed"] for row in rows if row["model"] == name and "failed" in row}
-        lines += [f"| {method} | not made: {reason} |" + " |" * 8 for method, reason in failed.items()]
+        lines += [f"| {method} | not made: {reason} |" + " |" * 9 for method, reason in failed.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -105,12 +106,14 @@ def _line(table: Table, name: str, method: str) -> str:
     def mean(figure: str) -> float:
         return statistics.mean(table.values(name, method, figure))
 
-    differences = table.values(name, method, "difference")
-    difference = f"{max(differences):.1e}" if differences else ""
+    def largest(figure: str) -> str:
+        values = table.values(name, method, figure)
+        return f"{max(values):.1e}" if values else ""
+
     spread = " | ".join(table.spread(name, method, *figure) for figure in (("quality",), ("kl", 1000)))
     return (
         f"| {method} | {len(table.values(name, method, 'quality'))} | {spread} | {mean('flips_pct'):.2f} | "
-        f"{mean('file_mib'):.2f} | {difference} | {mean('cpu_s'):.0f} |"
+        f"{mean('file_mib'):.2f} | {largest('difference')} | {largest('ties')} | {mean('cpu_s'):.0f} |"
     )
 
 

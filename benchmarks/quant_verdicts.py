@@ -48,7 +48,16 @@ def verdicts(rows: Sequence[Row]) -> list[Verdict]:
     whole = table.mean("SmolLM2", FLOAT, "quality")
     if ours and theirs and whole:
         at_most(ours[1] * whole / theirs, 1.0, f"SmolLM2: perplexity of {ours[0]} over llama.cpp's Q4_K_M")
+    checks += [verdict for name in of_text for verdict in _beside_ties(table, name)]
     return checks + [verdict for name in of_text for verdict in _beside_arithmetic(table, name)]
+
+
+def _beside_ties(table: Table, name: str) -> list[Verdict]:
+    """How far programs are from their models, over what rounding ties alone move these by, at most."""
+    rows = [row for row in table.rows if row["model"] == name and row.get("ties")]
+    ratio, method = max(((row["difference"] / row["ties"], row["method"]) for row in rows), default=(0.0, ""))
+    text = f"{name}: largest difference of a program over that of rounding ties: {ratio:.2g}, {method} (at most 3)"
+    return [(ratio <= 3, text)] if rows else []
 
 
 def _beside_arithmetic(table: Table, name: str) -> list[Verdict]:

@@ -71,11 +71,13 @@ class Trained:
         """What its program is. The seeds' programs are alike, so one is enough."""
         fold.export()
         program = fold.ledger.program
-        return {
+        row = {
             "file_mib": program.size_mib,
             "difference": program.parity.max_relative_difference,
             "same_pct": program.parity.same_prediction_pct,
         }
+        ties = program.parity.ties
+        return row if ties is None else {**row, "ties": ties.max_relative_difference}
 
     def quality_of(self, model: Any) -> Row:
         """The metric on test rows, and the shift from the trained float model."""
