@@ -82,8 +82,8 @@ def document(rows: Sequence[Row], checks: Sequence[Verdict]) -> str:
         "",
         f"Made by `python benchmarks/bench_quant.py` on {machine['cpu']}, torch {machine['torch']}, executorch "
         f"{machine['executorch']}. Mean and range over the seeds, on held-out test rows that chose nothing. KL and "
-        "changed: from the trained float model. Difference: of the program from the quantized model, beside what rounding "
-        "ties alone move that by. Seconds of processor time, one thread, training included.",
+        "changed: from the trained float model. Difference: of the program from the quantized model, beside what "
+        "rounding ties alone move that by. Seconds of processor time, one thread, training included.",
         "",
         *(f"- {'reached' if met else 'MISSED'}: {text}" for met, text in checks),
     ]
@@ -93,7 +93,8 @@ def document(rows: Sequence[Row], checks: Sequence[Verdict]) -> str:
         metric = "perplexity" if task.kind == "language" else "accuracy, %"
         lines += [
             "", f"## {name}", "",
-            f"| method | seeds | {metric} | range | KL x 1000 | range | changed, % | file, MiB | difference | ties | s |",
+            f"| method | seeds | {metric} | range | KL x 1000 | range | changed, % | file, MiB | difference | ties | "
+            "s |",
             "|---|---|---|---|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         lines += [_line(table, name, method) for method in names_of(name) if table.values(name, method, "quality")]
