@@ -116,7 +116,9 @@ def test_names_and_forms(refused: Callable[..., None], sound: Path) -> None:
     refused("but for upper and lower case", {"en": sound, "EN": sound})
     refused("there are no adapters", {})
     refused(
-        "adapters are inputs of the program, files.*got 'input'; allowed: inputs, files, methods", {"en": sound}, form="input"
+        "adapters are inputs of the program, .*got 'input'; allowed: inputs, files, methods",
+        {"en": sound},
+        form="input",
     )
 
 
