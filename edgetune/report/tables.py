@@ -254,11 +254,15 @@ def _same_prediction(program: Program) -> str:
     return f"{format_percent(parity.same_prediction_pct)} % of {pluralize(parity.rows, parity.counted)}"
 
 
+_PREDICTIONS = 100  # of fewer, the share that is the same says little
+
+
 def _ties(ties: RoundingTies) -> str:
     """How far the model is from itself when activations between two codes are rounded the other way."""
     changed = f"{ties.changed:,} of {ties.activations:,} 8-bit activations"
-    same = f"same prediction {format_percent(ties.same_prediction_pct)} %"
-    return f"{same}, relative: {ties.max_relative_difference:.1e} ({changed} lie between two codes)"
+    enough = ties.predictions >= _PREDICTIONS
+    same = f"same prediction {format_percent(ties.same_prediction_pct)} %, " if enough else ""
+    return f"{same}relative: {ties.max_relative_difference:.1e} ({changed} lie between two codes)"
 
 
 def _relative(parity: Parity) -> str:
