@@ -26,6 +26,8 @@ from edgetune.core.parity import Parity, RoundingTies
 
 Tone = Literal["", "good", "bad", "faint"]
 
+_PREDICTIONS = 100  # of fewer, the share that is the same says little
+
 
 @dataclass(frozen=True)
 class Column:
@@ -252,9 +254,6 @@ def _same_prediction(program: Program) -> str:
     if parity is None:
         return "not checked"
     return f"{format_percent(parity.same_prediction_pct)} % of {pluralize(parity.rows, parity.counted)}"
-
-
-_PREDICTIONS = 100  # of fewer, the share that is the same says little
 
 
 def _ties(ties: RoundingTies) -> str:
