@@ -3,25 +3,25 @@ adapter."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from edgetune.adapt.low_rank import LowRank
 from edgetune.capture.dynamic import Dynamic
 from edgetune.core.errors import EdgetuneError, Exit
 from edgetune.core.floats import FloatType
-from edgetune.core.inputs import Inputs, call, rows_of, tensors_of
+from edgetune.core.inputs import Inputs, call
 from edgetune.core.modes import preserve_state
 from edgetune.export.adapters import read_adapters
 from edgetune.export.lower import check_finalized
 from edgetune.export.methods import export_methods
 from edgetune.export.pipeline import choose_target
-from edgetune.export.side_paths import Factors, SidePaths, multiply_stored
+from edgetune.export.side_paths import SidePaths, multiply_stored
 from edgetune.program.artifact import Artifact
 from edgetune.program.carried import Carried
 
@@ -31,29 +31,18 @@ BASE = "base"  # the method that computes it alone
 class AdaptedMethod(nn.Module):
     """The base with one adapter: matrices of its own beside the layers that all methods share."""
 
-    def __init__(self, base: nn.Module, factors: Factors, adapter: LowRank | None) -> None:
+    def __init__(self, base: nn.Module, paths: SidePaths, adapter: LowRank | None) -> None:
         super().__init__()
         self.base = base
-        self.factors = factors
         own = {} if adapter is None else adapter.factors
-        self.layers = tuple(own)
+        self.paths = replace(paths, layers=tuple(own))
         self.stored = nn.ParameterList(
             nn.Parameter(tensor.contiguous(), requires_grad=False) for pair in own.values() for tensor in pair
         )
 
-    @contextmanager
-    def _holding(self) -> Iterator[None]:
-        tensors = tuple(self.stored)
-        pairs = zip(tensors[::2], tensors[1::2], strict=True)
-        self.factors.update(zip(self.layers, pairs, strict=True))
-        try:
-            yield
-        finally:
-            self.factors.clear()
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the base returns with the adapter."""
-        with self._holding():
+        with self.paths.holding(tuple(self.stored)):
             return self.base(*args, **kwargs)
 
 
@@ -86,33 +75,23 @@ def export_adapters_as_methods(
     assert sides is not None
     check_finalized(model)
     paths = SidePaths(tuple(layer.name for layer in sides.layers), multiply_stored)
-    example = rows_of(example_inputs, 0, 1) if one_row else example_inputs
-    checks = None if check_inputs is None else [row for rows in check_inputs for row in _rows(rows, one_row)]
-    if checks is None and one_row:
-        checks = [*_rows(example_inputs, one_row)]
     with paths.attached(model):
-        methods = {BASE: AdaptedMethod(model, paths.factors, None)}
-        methods |= {one.name: AdaptedMethod(model, paths.factors, one) for one in sides.adapters}
+        methods = {BASE: AdaptedMethod(model, paths, None)}
+        methods |= {one.name: AdaptedMethod(model, paths, one) for one in sides.adapters}
         with preserve_state(model), torch.no_grad():
             for method in methods.values():
-                call(method, example)
+                call(method, example_inputs)
         paths.check_used()
         return export_methods(
-            {name: (method, example) for name, method in methods.items()},
+            {name: (method, example_inputs) for name, method in methods.items()},
             path,
             device=device,
             target=target,
-            check_inputs=None if checks is None else dict.fromkeys(methods, checks),
+            check_inputs=None if check_inputs is None else dict.fromkeys(methods, check_inputs),
             dynamic=None if dynamic is None else dict.fromkeys(methods, dynamic),
             external_data=external_data,
             io_in_plan=io_in_plan,
+            one_row=one_row,
             max_relative_difference=max_relative_difference,
             carried=carried,
         )
-
-
-def _rows(inputs: Inputs, one_row: bool) -> Iterator[Inputs]:
-    """The inputs, or each of their rows."""
-    first: Tensor = tensors_of(inputs)[0]
-    for start in range(0, len(first) if one_row else 1):
-        yield rows_of(inputs, start, start + 1) if one_row else inputs

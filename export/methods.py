@@ -41,6 +41,7 @@ def export_methods(
     dynamic: Mapping[str, Dynamic] | None = None,
     external_data: bool = False,
     io_in_plan: bool = True,
+    one_row: bool = False,
     max_relative_difference: float | None = None,
     carried: Carried | None = None,
 ) -> Artifact:
@@ -50,8 +51,8 @@ def export_methods(
 
     Each method takes the tensors of its example inputs by position, with their shapes, and returns all tensors that
     it returns in eager mode: one tensor, a tuple or a mapping. It runs in a child process and is compared with eager
-    mode on its example inputs, or on `check_inputs`. `device`, `target`, `external_data`, `io_in_plan` and `carried`
-    are as in `et.export`, and so is `dynamic`, for each method.
+    mode on its example inputs, or on `check_inputs`. `device`, `target`, `external_data`, `io_in_plan`, `one_row`
+    and `carried` are as in `et.export`, and so is `dynamic`, for each method.
 
     Raises `EdgetuneError` (exit code 5) if a method cannot be lowered or does not run, if a value is not finite, or
     if a value of an output differs by more than `max_relative_difference` of the largest value of the output;
@@ -69,7 +70,7 @@ def export_methods(
             function = None if method is owner else method.__func__  # type: ignore[attr-defined]
             module = MethodModule(name, plain, function, example)
             free, checks = (dynamic or {}).get(name), (check_inputs or {}).get(name)
-            requests.append(make_request(module, example, checks, free))
+            requests.append(make_request(module, example, checks, free, one_row=one_row))
         lowered = lower_methods({r.module.name: (r.module, r.inputs.example, r.axes) for r in requests}, chosen, layout)
 
         first = next(iter(lowered.values()))
@@ -130,12 +131,17 @@ class MethodRequest:
 
 
 def make_request(
-    module: MethodModule, example: Inputs, checks: Sequence[Inputs] | None, dynamic: Dynamic | None
+    module: MethodModule,
+    example: Inputs,
+    checks: Sequence[Inputs] | None,
+    dynamic: Dynamic | None,
+    *,
+    one_row: bool = False,
 ) -> MethodRequest:
     """The method with its inputs, which are checked."""
     try:
         axes = axes_of(dynamic or {}, names_of(example), tensors_of(example))
-        inputs = prepare_inputs(example, checks, axes, one_row=False)
+        inputs = prepare_inputs(example, checks, axes, one_row=one_row)
     except EdgetuneError as error:
         raise error.within(f"method {module.name}") from None
     return MethodRequest(module, inputs, output_names(module, inputs.example), axes)
