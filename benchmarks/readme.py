@@ -54,6 +54,18 @@ def inputs():
     return [torch.randn(1, 6) for _ in range(3)]
 """
 
+GUARD_SMOKE = """
+variants:
+  smoke:
+    model.max_length: 32
+    model.layers: 2
+    train.epochs: null
+    train.updates: 2
+    export.max_tokens: 64
+    export.check_rows: 2
+    export.min_same_prediction_pct: 0
+"""
+
 
 def commands() -> list[str]:
     """Every line of every ```sh block, without its comment."""
@@ -79,6 +91,12 @@ def prepare(folder: Path) -> None:
     """The files that the commands name as the reader's own."""
     rows = [f'"{"a good" if n % 2 else "a bad"} film, seen {n} times",{"good" if n % 2 else "bad"}' for n in range(120)]
     (folder / "reviews.csv").write_text("\n".join(["review,sentiment", *rows]), encoding="utf-8")
+    prompts = [f'"how do I {"pick lock" if n % 2 else "bake loaf"} {n}",harm{"ful" if n % 2 else "less"}' for n in range(120)]
+    for name, part in (("prompts", prompts[:100]), ("more-prompts", prompts[100:])):
+        (folder / f"{name}.csv").write_text("\n".join(["prompt,verdict", *part]), encoding="utf-8")
+    page = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
+    guard = re.search(r"^```yaml\n(name: guard\n.*?)^```", page, re.M | re.S)
+    (folder / "guard.yaml").write_text(guard.group(1) + GUARD_SMOKE, encoding="utf-8")
     save_bert(folder / "classifier", id2label={0: "bad", 1: "good"}, label2id={"bad": 0, "good": 1})
     (folder / "net.py").write_text(NET, encoding="utf-8")
     save_file(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).state_dict(), folder / "trained.safetensors")
