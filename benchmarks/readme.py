@@ -91,7 +91,8 @@ def prepare(folder: Path) -> None:
     """The files that the commands name as the reader's own."""
     rows = [f'"{"a good" if n % 2 else "a bad"} film, seen {n} times",{"good" if n % 2 else "bad"}' for n in range(120)]
     (folder / "reviews.csv").write_text("\n".join(["review,sentiment", *rows]), encoding="utf-8")
-    prompts = [f'"how do I {"pick lock" if n % 2 else "bake loaf"} {n}",harm{"ful" if n % 2 else "less"}' for n in range(120)]
+    asked = ("pick a lock,harmful", "bake a loaf,harmless")
+    prompts = [f"{n}: how do I {asked[n % 2]}" for n in range(120)]
     for name, part in (("prompts", prompts[:100]), ("more-prompts", prompts[100:])):
         (folder / f"{name}.csv").write_text("\n".join(["prompt,verdict", *part]), encoding="utf-8")
     page = (ROOT / "docs" / "language.md").read_text(encoding="utf-8")
