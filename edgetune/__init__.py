@@ -92,6 +92,7 @@ __all__ = [
     "generate",
     "load_adapter",
     "load_guard",
+    "load_pretrained",
     "locked_features",
     "open_run",
     "penalty",
@@ -101,6 +102,7 @@ __all__ = [
     "run",
     "save_adapter",
     "save_guard",
+    "save_pretrained",
     "split_tasks",
     "train_pte",
 ]
@@ -167,6 +169,7 @@ if TYPE_CHECKING:
     from edgetune.export.training.step import export_training
     from edgetune.lean.technique import Lean
     from edgetune.profile import profile
+    from edgetune.prune.checkpoint import load_pretrained, save_pretrained
     from edgetune.prune.depth import Depth
     from edgetune.prune.structured import Prune
     from edgetune.quant.bits import Bits
@@ -245,6 +248,7 @@ else:
         "generate": "runtime.generating",
         "load_adapter": "adapt.loading",
         "load_guard": "adapt.guard_files",
+        "load_pretrained": "prune.checkpoint",
         "locked_features": "adapt.lock",
         "open_run": "run.finished",
         "penalty": "core.apply",
@@ -254,6 +258,7 @@ else:
         "run": "run.pipeline",
         "save_adapter": "adapt.files",
         "save_guard": "adapt.guard_files",
+        "save_pretrained": "prune.checkpoint",
         "split_tasks": "adapt.poly",
         "train_pte": "runtime.training",
     }

@@ -22,7 +22,7 @@ from edgetune.profile import device
 from edgetune.recipe import recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("transformers", "peft", "executorch", "torchao", "bitsandbytes", "torch_pruning", "sklearn", "plotly", "typer")
+HEAVY = ("transformers", "peft", "executorch", "torchao", "bitsandbytes", "sklearn", "plotly", "typer")
 
 
 def read_project() -> dict[str, Any]:

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import edgetune as et
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import call, logits_of
 from edgetune.core.modes import preserve_state, preserve_trainability
 from edgetune.core.technique import Sample
-from edgetune.prune.cut import resize_like
 from edgetune.prune.groups import find_groups
 from edgetune.prune.importance import magnitude_scores
 from edgetune.prune.structured import Prune
@@ -80,26 +80,36 @@ def test_ffn_pruned_bert_is_saved_and_loaded_by_transformers(tmp_path: Path) -> 
     assert torch.equal(call(loaded, bert_inputs()).logits, call(model, bert_inputs()).logits)
 
 
-def test_head_pruned_bert_is_rebuilt_from_its_config_and_weights(tmp_path: Path) -> None:
-    from transformers import BertConfig, BertForSequenceClassification
+def test_head_pruned_bert_is_loaded_by_what_stands_beside_its_config(tmp_path: Path) -> None:
+    from transformers import BertForSequenceClassification
 
     model = bert()
     Prune(ratio=0.5).apply(model, Sample.of(bert_inputs()))
-    model.save_pretrained(tmp_path)
+    et.save_pretrained(model, tmp_path)
     with pytest.raises(RuntimeError, match=r"size mismatch|mismatched"):
         BertForSequenceClassification.from_pretrained(tmp_path)
-    rebuilt = BertForSequenceClassification(BertConfig.from_pretrained(tmp_path)).eval()
-    state = model.state_dict()
-    resize_like(rebuilt, state).load_state_dict(state)
-    assert rebuilt.bert.encoder.layer[1].attention.self.num_attention_heads == 2
-    assert torch.equal(call(rebuilt, bert_inputs()).logits, call(model, bert_inputs()).logits)
+    loaded = et.load_pretrained(tmp_path)
+    assert type(loaded) is BertForSequenceClassification
+    assert loaded.bert.encoder.layer[1].attention.self.num_attention_heads == 2
+    assert torch.equal(call(loaded, bert_inputs()).logits, call(model, bert_inputs()).logits)
+    Prune(ratio=0.5).apply(loaded, Sample.of(bert_inputs()))
+    et.save_pretrained(loaded, tmp_path)
+    again = et.load_pretrained(tmp_path)
+    assert again.bert.encoder.layer[1].attention.self.num_attention_heads == 1
+    assert torch.equal(call(again, bert_inputs()).logits, call(loaded, bert_inputs()).logits)
 
 
-def test_resize_refuses_a_model_that_is_smaller() -> None:
-    small, large = bert(intermediate_size=16), bert()
-    with pytest.raises(EdgetuneError, match="cannot be cut to the state's shape"):
-        resize_like(small, large.state_dict())
-    assert small.bert.encoder.layer[0].intermediate.dense.out_features == 16
+def test_any_module_is_loaded_into_the_network_as_it_was(tmp_path: Path) -> None:
+    model, inputs = mlp(), torch.randn(4, 6)
+    Prune(ratio=0.5).apply(model, Sample.of(inputs))
+    et.save_pretrained(model, tmp_path)
+    loaded = et.load_pretrained(tmp_path, mlp())
+    assert torch.equal(loaded(inputs), model(inputs))
+    small = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 3))
+    with pytest.raises(EdgetuneError, match=r"0 cannot be cut.*weight \(8, 6\) -> \(16, 6\)"):
+        et.load_pretrained(tmp_path, small)
+    with pytest.raises(EdgetuneError, match="there is no saved model"):
+        et.load_pretrained(tmp_path / "none", mlp())
 
 
 def test_llama_drops_query_heads_with_their_key_value_head_and_loads_again(tmp_path: Path) -> None:
@@ -164,7 +174,7 @@ def test_padding_does_not_count_as_activation() -> None:
 def test_head_importance_is_the_norm_of_its_own_map() -> None:
     model = bert()
     with preserve_state(model), preserve_trainability(model):
-        group = find_groups(model, bert_inputs(), {"heads"}, ())[1]
+        group = find_groups(model, bert_inputs(), {"heads"}, ()).groups[1]
     layer = model.bert.encoder.layer[1].attention
     value = torch.cat([layer.self.value.weight, layer.self.value.bias[:, None]], 1).double()
     read = layer.output.dense.weight.double()
@@ -228,7 +238,7 @@ def test_rounding_of_heads_that_changes_nothing_raises_although_the_ffn_would_ch
 def test_shared_parameters_are_refused() -> None:
     model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 2))
     model[2].weight = model[0].weight
-    with pytest.raises(EdgetuneError, match="shares a parameter"):
+    with pytest.raises(EdgetuneError, match=r"one parameter of several layers: 0\.weight, 2\.weight"):
         Prune(ratio=0.5).apply(model, Sample.of(torch.randn(2, 16)))
 
 
@@ -253,7 +263,7 @@ def test_a_width_read_elsewhere_is_found_and_the_model_put_back(mean: bool) -> N
     torch.manual_seed(0)
     model, inputs = FixedView(mean), torch.randn(4, 6)
     before = model(inputs).detach()
-    with pytest.raises(EdgetuneError, match="read elsewhere"):
+    with pytest.raises(EdgetuneError, match=r"first \(read by mean\)" if mean else "read elsewhere"):
         Prune(ratio=0.25).apply(model, Sample.of(inputs))
     assert model.first.out_features == 32
     assert torch.equal(model(inputs), before)
@@ -301,8 +311,38 @@ def test_a_mistake_that_the_output_hides_is_seen_at_the_layer() -> None:
 
     class Hidden(FixedView):
         def forward(self, x: Tensor) -> Tensor:
-            return x[:, :2] + 1e-9 * super().forward(x)
+            hidden = self.first(x)
+            return x[:, :2] + 1e-9 * self.last(hidden * hidden.shape[-1])
 
     torch.manual_seed(0)
     with pytest.raises(EdgetuneError, match="first: the output of last is off by"):
         Prune(ratio=0.25).apply(Hidden(mean=True), Sample.of(torch.randn(4, 6)))
+
+
+def test_query_heads_that_read_one_head_of_keys_go_by_themselves(tmp_path: Path) -> None:
+    from transformers import LlamaForCausalLM
+
+    model, inputs = llama(heads=6, kv_heads=1), {"input_ids": TOKENS}
+    Prune(what={"heads"}, ratio=0.5).apply(model, Sample.of(inputs))
+    own = model.model.layers[0].self_attn
+    assert (own.q_proj.out_features, own.v_proj.out_features, own.num_key_value_groups) == (24, 8, 3)
+    model.save_pretrained(tmp_path)
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(call(loaded, inputs).logits, call(model, inputs).logits)
+
+
+def test_what_cannot_be_cut_stays_and_is_named() -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.second = nn.Conv2d(3, 16, 1), nn.GroupNorm(4, 16), nn.Conv2d(16, 24, 1)
+            self.last = nn.Conv2d(24, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(self.second(self.norm(self.first(x))).relu())
+
+    torch.manual_seed(0)
+    model, prune = Normed().eval(), Prune(ratio=0.5)
+    prune.apply(model, Sample.of(torch.randn(2, 3, 4, 4)))
+    assert (model.first.out_channels, model.second.out_channels) == (16, 16)
+    assert prune.note(model) == "left as they are: first (read by norm (GroupNorm))"

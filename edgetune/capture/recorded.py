@@ -6,7 +6,7 @@ composite operators such as linear and attention whole. Nodes for parameters are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,13 +21,14 @@ from edgetune.core.modes import preserve_buffers, preserve_state
 
 @dataclass(frozen=True)
 class Recording:
-    """The graph, and the names of each node that is a parameter: several if layers share it.
+    """The graph, and the names of each node that is a parameter, or a buffer: several if layers share it.
 
     A parameter that is read several times may have several nodes.
     """
 
     graph: fx.Graph
     names: Mapping[fx.Node, tuple[str, ...]]
+    buffers: Mapping[fx.Node, tuple[str, ...]]
 
     def readers(self, parameter: fx.Node) -> list[fx.Node]:
         """The operators that read the parameter of this node."""
@@ -69,15 +70,17 @@ def record(model: nn.Module, inputs: Inputs) -> Recording:
                 f"the operators of {type(model).__name__} cannot be recorded ({type(error).__name__}: {error})",
                 action="check that model(example inputs) runs, and returns tensors",
             ) from error
+    own = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    return Recording(traced.graph, *(_nodes_of(traced, named) for named in own))
+
+
+def _nodes_of(traced: fx.GraphModule, named: Iterable[tuple[str, Tensor]]) -> dict[fx.Node, tuple[str, ...]]:
+    """The names of each node that is one of these tensors."""
     names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    parameters = {
-        node: tuple(names[id(value)])
-        for node in traced.graph.nodes
-        if node.op == "get_attr" and id(value := getattr(traced, str(node.target))) in names
-    }
-    return Recording(traced.graph, parameters)
+    for name, tensor in named:
+        names.setdefault(id(tensor), []).append(name)
+    constants = ((node, getattr(traced, str(node.target))) for node in traced.graph.nodes if node.op == "get_attr")
+    return {node: tuple(names[id(value)]) for node, value in constants if id(value) in names}
 
 
 def operator_name(node: fx.Node) -> str:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 LIBRARIES = (
     "bitsandbytes", "datasets", "executorch", "filelock", "httpx", "huggingface_hub", "lightning", "numpy", "peft",
-    "pydantic", "safetensors", "timm", "tokenizers", "torch", "torch_pruning", "torchao", "torchvision", "transformers",
+    "pydantic", "safetensors", "timm", "tokenizers", "torch", "torchao", "torchvision", "transformers",
 )  # fmt: skip
 
 

@@ -127,7 +127,6 @@ TASKS = {
 EXTRAS = {
     "peft": "lora",
     "bitsandbytes": "nf4",
-    "torch_pruning": "prune",
     "torchao": "export",
     "executorch": "export",
     "flatbuffers": "export",

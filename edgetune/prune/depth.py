@@ -16,7 +16,8 @@ from edgetune.core.modes import preserve_state
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.lean.stages import blocks_of
 from edgetune.prune.changes import Changes
-from edgetune.prune.depth_config import follow_depth
+from edgetune.prune.config import follow_depth
+from edgetune.prune.structure import add_entry
 
 _POSITIONS = ("layer_idx", "layer_id", "layer_index")  # of a block, as its own modules know it: the cache's entry
 Lists = dict[str, dict[str, nn.Module]]  # of blocks: their container's name -> its key and the block
@@ -75,6 +76,7 @@ class Depth(Technique):
             except EdgetuneError:
                 changes.undo()
                 raise
+        add_entry(model, {"blocks": {name: list(positions) for name, positions in kept.items()}})
         return model
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:

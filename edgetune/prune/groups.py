@@ -1,11 +1,8 @@
-"""Find the groups of layers that must be cut together, as values to print and then act on.
-
-The dependencies are read from torch-pruning's graph; its own `group.prune` and pruners are not used.
-"""
+"""Find the groups of layers that must be cut together, as values to print and then act on."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Literal
@@ -13,37 +10,44 @@ from typing import Literal
 from torch import nn
 
 from edgetune.core.errors import EdgetuneError, truncate_list
-from edgetune.core.inputs import Inputs, first_rows
+from edgetune.core.inputs import Inputs
 from edgetune.core.layers import matches
-from edgetune.prune.attention import (
-    Attention,
-    Units,
-    attention_names,
-    block_of,
-    describe,
-    display_name,
-    find_projections,
-    skip_action,
-    spans,
+from edgetune.prune.attention import Attention, Units, attention_names, block_of
+from edgetune.prune.axes import Misaligned, UnitAxis, units_of
+from edgetune.prune.follow import follow
+from edgetune.prune.layers import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    Side,
+    axis_of,
+    cannot_cut,
+    follows_weight,
+    is_candidate,
+    is_depthwise,
+    is_linear,
 )
-from edgetune.prune.layers import Axis, cannot_cut, is_candidate, is_depthwise, is_linear, width_of
-from edgetune.prune.probe import units_agree
-from edgetune.prune.trace import trace
+from edgetune.prune.walk import OUTPUT
 
 Kind = Literal["ffn", "heads", "channels"]
 
 
 @dataclass(frozen=True)
 class Member:
-    """One layer along one axis. `of_unit[u]`: the positions on that axis that belong to unit `u`."""
+    """One parameter along one dimension. `of_unit[u]`: the positions on it that belong to unit `u`.
+
+    `axis`: the units are outputs of the layer, its inputs, the groups of a convolution, or stand along dimension `dim`
+    of a `parameter` that is no layer's weight.
+    """
 
     layer: str
-    axis: Axis
-    of_unit: tuple[tuple[int, ...], ...]
+    axis: Side
+    of_unit: Units
+    parameter: str = "weight"
+    dim: int = 0
 
     @property
     def width(self) -> int:
-        """Positions on the axis."""
+        """Positions that belong to units."""
         return sum(len(positions) for positions in self.of_unit)
 
 
@@ -51,16 +55,17 @@ class Member:
 class Group:
     """Layers that can only be cut together, and the `units` they share: hidden units, channels, or heads.
 
-    For attention a unit is one key-value head with the query heads that read it.
+    For attention a unit is one key-value head with the query heads that read it. Attentions are in one group where
+    they share a position bias.
     """
 
     kind: Kind
     name: str
     units: int
     members: tuple[Member, ...]
-    attention: Attention | None = None
+    attentions: tuple[Attention, ...] = ()
 
-    def along(self, axis: Axis) -> tuple[Member, ...]:
+    def along(self, axis: Side) -> tuple[Member, ...]:
         """The members on one axis: "out" writes the units, "in" reads them."""
         return tuple(member for member in self.members if member.axis == axis)
 
@@ -86,150 +91,222 @@ class Cut:
         return f"{self.group.kind} {self.group.name}: {self.group.units} -> {len(self.keep)}"
 
 
-def find_groups(model: nn.Module, inputs: Inputs, kinds: AbstractSet[str], skip: Collection[str]) -> list[Group]:
-    """The groups of these kinds, in the model's order, without those that touch its output or a layer in `skip`.
+@dataclass(frozen=True)
+class Grouping:
+    """The groups of a model, in its order.
 
-    Raises `EdgetuneError` if the graph cannot be traced, for a wanted group that cannot be followed, and for a kind
-    without a group, naming every layer seen and why it was left out.
+    `blocked`: layers of a wanted kind whose group cannot be cut, and why. `unasked`: convolutions whose channels could
+    be cut, were they asked for.
+    """
+
+    groups: tuple[Group, ...]
+    blocked: dict[str, str]
+    unasked: tuple[str, ...]
+
+
+def find_groups(model: nn.Module, inputs: Inputs, kinds: AbstractSet[str], skip: Collection[str]) -> Grouping:
+    """The groups of these kinds without those that touch the model's output or a layer in `skip`.
+
+    Raises `EdgetuneError` if the model's operators cannot be recorded, and for a kind without a group, naming every
+    layer seen and why it was left out.
     """
     finder = _Finder(model, inputs, kinds, skip)
     groups = finder.groups()
     for kind in sorted(kinds):
         if not any(group.kind == kind for group in groups):
             finder.refuse(kind)
-    return groups
+    return Grouping(tuple(groups), finder.blocked, tuple(finder.unasked))
 
 
 class _Finder:
-    """The traced graph of one model, read once."""
+    """The axes of one model, read once."""
 
     def __init__(self, model: nn.Module, inputs: Inputs, kinds: AbstractSet[str], skip: Collection[str]) -> None:
-        self.model, self.inputs, self.kinds, self.skip = model, first_rows(inputs), kinds, skip
-        self.names = {module: name for name, module in model.named_modules()}
-        self.traced = trace(model, self.inputs)
-        self.graph = self.traced.graph
-        self.attentions = attention_names(model)
-        self.blocked: dict[str, str] = {}  # layers whose group cannot be followed, and why
+        self.model, self.kinds, self.skip = model, kinds, skip
+        self.walk = follow(model, inputs)
+        self.places: dict[UnitAxis, list[tuple[str, int]]] = {}  # of each leaf: parameters, and along which dimension
+        for name, axes in self.walk.parameters.items():
+            for dim, axis in enumerate(axes):
+                for leaf in axis.leaves():
+                    self.places.setdefault(leaf, []).append((name, dim))
+        self.shared = _shared_parameters(model)
+        self.values = {leaf for _, columns in self.walk.attended for leaf in columns.leaves()}
+        self.heads = {leaf for parallel, _ in self.walk.attended for leaf in parallel.leaves()}
+        self.blocked: dict[str, str] = {}  # layers whose group cannot be cut, and why
         self.left_out: dict[str, str] = {}  # layers seen that lead to no group, and why
-        # FFNs are identified by the attention in their block, even one that cannot be cut
-        beside = self.attentions or (_attention_modules(model) if "ffn" in kinds else [])
+        self.unasked: list[str] = []  # convolutions whose channels could be cut
+        named = [name for name, module in model.named_modules() if "attention" in type(module).__name__.lower()]
+        beside = attention_names(model) or (named if "ffn" in kinds else [])
         self.blocks = [block_of(model, name) + "." for name in beside]
-        self.inner = tuple(name + "." for name in beside if name in _attention_modules(model))
-        self.projections = {
-            (f"{name}.{child}" if name else child)
-            for name in self.attentions
-            for child in find_projections(model.get_submodule(name)) or ()
-        }
+        self.inner = tuple(name + "." for name in beside if name in named)
 
     def groups(self) -> list[Group]:
-        """Heads, then what the graph couples elsewhere; sorted by the model's own order."""
-        groups = []
-        if "heads" in self.kinds:
-            groups = [_group_of_attention(a) for name in self.attentions if (a := self.attention(name)) is not None]
-        if self.kinds & {"ffn", "channels"}:
-            groups += self.coupled_groups()
-        order = {name: index for index, name in enumerate(self.names.values())}
-        return sorted(groups, key=lambda group: (order[group.name], group.kind))
+        """Every group that was asked for, in the order of the layer that writes it first."""
+        self.leave_raw()
+        groups: list[Group] = []
+        done: set[UnitAxis] = set()
+        for name, layer in self.model.named_modules():
+            if not is_candidate(layer):
+                continue
+            axes = self.walk.parameters.get(f"{name}.weight".lstrip("."))
+            if axes is None:
+                self.leave(name, self.kind_of([name]), cannot_cut(layer) or "never called")
+                continue
+            grouped = False  # of several factors of a layer's outputs, the first goes
+            leaves = axes[axis_of(layer, "out")].leaves()
+            for leaf in leaves:
+                if leaf in done:
+                    grouped = True
+                elif not grouped and not self.is_inner(leaf, leaves):
+                    group = self.group(name, leaf)
+                    done.add(leaf)
+                    grouped = group is not None
+                    groups += [group] if group is not None else []
+            if grouped:
+                self.left_out.pop(name, None)
+        return groups
 
-    def attention(self, name: str) -> Attention | None:
-        """One attention, unless it is skipped. Raises if its heads cannot be followed."""
-        layers = [
-            f"{name}.{child}" if name else child for child in find_projections(self.model.get_submodule(name)) or ()
-        ]
-        if self.is_skipped([name]) or (layers and self.is_skipped(layers)):
-            self.left_out[name] = "in skip"
-            return None
-        for layer in layers:
-            module = self.model.get_submodule(layer)
-            if module not in self.graph.module2node:
-                raise EdgetuneError(
-                    f"the heads of {display_name(name)} cannot be pruned: {layer} ({self.traced.why_absent(module)})",
-                    got=type(self.model.get_submodule(name)).__name__,
-                    action=skip_action(name),
-                )
-        attention = describe(self.model, name, self.readers, self.units_agree)
-        if self.is_skipped([*attention.writers, attention.output]):
-            self.left_out[name] = "in skip"
-            return None
-        return attention
+    def is_inner(self, leaf: UnitAxis, leaves: Sequence[UnitAxis]) -> bool:
+        """Whether it is the width of a head, or counts the queries that share keys and values."""
+        heads = [each for each in leaves if each in self.heads and not each.blocked]
+        if leaf in self.heads:
+            return len(heads) > 1 and leaf is not heads[0]
+        return leaf in self.values and bool(self.heads.intersection(leaves))
 
-    def units_agree(self, writer: str, reader: str, outputs: Units, inputs: Units) -> bool:
-        """Whether the units at these positions of a writer and a reader are independent of one another."""
-        return units_agree(
-            self.model, self.inputs, writer, reader, _unit_of_position(outputs), _unit_of_position(inputs)
-        )
+    def group(self, name: str, leaf: UnitAxis) -> Group | None:
+        """The group of a leaf, unless it is not asked for, skipped, or cannot be cut."""
+        members, obstacles = self.members_of(leaf)
+        layers = list(dict.fromkeys(member.layer for member in members))
+        attentions = self.attentions_of(leaf, members) if leaf in self.heads and members else ()
+        kind = "heads" if leaf in self.heads else self.kind_of(layers or [name])
+        obstacles += [reason for reason in leaf.blocked if reason != OUTPUT]
+        if kind == "heads" and not attentions and not obstacles:
+            obstacles.append("no single output projection reads its heads")
+        called = attentions[0].name if attentions else name
+        if self.is_skipped([called, *layers]):
+            reason = "in skip"
+        elif OUTPUT in leaf.blocked:
+            reason = f"writes {OUTPUT}"
+        elif not any(member.axis == "in" for member in members) and not obstacles:
+            reason = "no layer reads it"
+        elif kind not in self.kinds:
+            reason = f"{kind}, not {' or '.join(sorted(self.kinds))}"
+            if not obstacles and isinstance(self.model.get_submodule(name), CONVOLUTIONS):
+                self.unasked.append(name)
+        elif obstacles:
+            self.leave(called, kind, f"read by {truncate_list(sorted(set(obstacles)), 2)}")
+            return None
+        else:
+            return Group(kind, called, leaf.size, tuple(members), attentions)
+        self.left_out[called] = reason
+        return None
+
+    def members_of(self, leaf: UnitAxis) -> tuple[list[Member], list[str]]:
+        """The members that follow a cut of a leaf, and in words what cannot be cut."""
+        members, obstacles = list[Member](), list[str]()
+        for name, dim in self.places.get(leaf, ()):
+            member, obstacle = self.member(leaf, name, dim)
+            members += [member] if member is not None else []
+            obstacles += [obstacle] if obstacle else []
+        for layer, axis in self.walk.groups.items():
+            if leaf in axis.leaves() and not is_depthwise(self.model.get_submodule(layer)):
+                units = _by_unit(axis, leaf)
+                members += [Member(layer, "groups", units)] if units is not None else []
+                obstacles += [] if units is not None else [f"the order of {layer}'s groups"]
+        return members, obstacles
+
+    def member(self, leaf: UnitAxis, name: str, dim: int) -> tuple[Member | None, str]:
+        """A parameter as a member; none where it follows another of its layer, or cannot be cut: that in words."""
+        layer_name, _, own = name.rpartition(".")
+        layer = self.model.get_submodule(layer_name)
+        if follows_weight(layer, own):
+            return None, ""
+        if name in self.shared:
+            return None, f"one parameter of several layers: {truncate_list(self.shared[name], 2)}"
+        side: Side = "raw"
+        if isinstance(layer, BATCH_NORMS):
+            side = "out"
+        elif is_candidate(layer) and own == "weight":
+            side = "out" if is_depthwise(layer) or dim == axis_of(layer, "out") else "in"
+        elif name in dict(self.model.named_buffers()):
+            return None, f"the buffer {name}"
+        elif isinstance(layer, nn.MultiheadAttention):
+            return None, f"{layer_name} (one raw parameter for queries, keys and values)"
+        if side != "raw" and (reason := cannot_cut(layer)):
+            return None, f"{layer_name} ({reason})"
+        units = _by_unit(self.walk.parameters[name][dim], leaf)
+        if units is None:
+            return None, f"the order of {layer_name}'s channels"
+        return Member(layer_name, side, units, own, dim), ""
+
+    def attentions_of(self, leaf: UnitAxis, members: Sequence[Member]) -> tuple[Attention, ...]:
+        """The attentions whose heads a leaf counts; none where one has no single output projection."""
+        attentions: dict[str, Attention] = {}
+        for parallel, columns in self.walk.attended:
+            if leaf not in parallel.leaves():
+                continue
+            values = set(columns.leaves())
+            writers = [m for m in members if m.axis == "out" and values.intersection(self.leaves_of(m))]
+            readers = [m for m in members if m.axis == "in" and values.intersection(self.leaves_of(m))]
+            kv_heads = leaf.size
+            if not writers:  # all queries read one head of keys and values
+                kv_heads, writers = 1, list(self.single_values(values))
+            if not writers and not readers:
+                continue  # the product of queries and keys
+            if len(readers) != 1 or not writers:
+                return ()
+            value, width = writers[-1], columns.size
+            heads = readers[0].width // width
+            rows = tuple(tuple(positions[-width:]) for positions in value.of_unit)
+            rows = rows if kv_heads > 1 or leaf.size == 1 else rows * leaf.size
+            name = value.layer.rpartition(".")[0]
+            attentions[value.layer] = Attention(name, value.layer, readers[0].layer, heads, kv_heads, leaf.size, rows)
+        return tuple(attentions.values())
+
+    def leaves_of(self, member: Member) -> list[UnitAxis]:
+        """The leaves of the dimension of a member."""
+        return self.walk.parameters[f"{member.layer}.{member.parameter}".lstrip(".")][member.dim].leaves()
+
+    def single_values(self, values: AbstractSet[UnitAxis]) -> Iterator[Member]:
+        """The layers that write the one head of values."""
+        for name, dim in (place for leaf in values for place in self.places.get(leaf, ())):
+            layer_name, _, own = name.rpartition(".")
+            layer = self.model.get_submodule(layer_name)
+            if own == "weight" and is_candidate(layer) and dim == axis_of(layer, "out"):
+                units = units_of(self.walk.parameters[name][dim], next(iter(values)))
+                yield Member(layer_name, "out", (tuple((units >= 0).nonzero().flatten().tolist()),), own, dim)
+
+    def kind_of(self, layers: Sequence[str]) -> Kind:
+        """FFN, if the layers are linears of one transformer block, none of them its attention's; else channels.
+
+        Layers between the linears, such as a norm or a depthwise convolution, may be of any class.
+        """
+        named = {name: self.model.get_submodule(name) for name in layers}
+        linears = all(is_linear(layer) or is_depthwise(layer) for layer in named.values() if is_candidate(layer))
+        within = any(all(layer.startswith(block) for layer in layers) for block in self.blocks)
+        attends = any(layer.startswith(self.inner) for layer in layers)
+        return "ffn" if linears and within and not attends else "channels"
 
     def is_skipped(self, layers: Collection[str]) -> bool:
         """Whether a skip pattern matches one of the layers or a module around them."""
         paths = {layer.rsplit(".", cut)[0] for layer in layers for cut in range(layer.count(".") + 1)}
         return any(matches(path, self.skip) for path in paths)
 
-    def readers(self, layer: str) -> list[str]:
-        """The first linears downstream of a layer."""
-        waiting, seen, readers = [self.graph.module2node[self.model.get_submodule(layer)]], set(), []
-        while waiting:
-            for node in waiting.pop().outputs:
-                if node in seen:
-                    continue
-                seen.add(node)
-                if node.module in self.names and is_linear(node.module):
-                    readers.append(self.names[node.module])
-                else:
-                    waiting.append(node)
-        return readers
-
-    def coupled_groups(self) -> list[Group]:
-        """The FFN and channel groups. Query, key and value layers are never a root: grouped heads do not end there."""
-        groups: list[Group] = []
-        done: set[str] = set()
-        for name in self.raw_experts():
-            self.left_out[name] = "experts whose weights are raw parameters"
-            if "ffn" in self.kinds and not self.is_skipped([name]):
-                self.blocked[name] = self.left_out[name]
-        for layer, name in self.names.items():
-            if name in done or not is_candidate(layer):
-                continue
-            if name in self.projections:
-                self.left_out[name] = "writes queries, keys or values: those are heads"
-                continue
-            if layer not in self.graph.module2node:
-                self.leave_absent(name)
-                continue
-            members, obstacles = self.members_of(layer)
-            done |= {member.layer for member in members if member.axis == "out"}
-            group = self.group(name, members, obstacles)
-            if group is not None:
-                groups.append(group)
-        if self.blocked:
-            self.raise_blocked()
-        return groups
-
-    def raw_experts(self) -> list[str]:
-        """Modules that hold the FFNs of several experts as one parameter `(expert, ..., ...)`."""
-        raw = (name for name, p in self.model.named_parameters() if p.dim() == 3 and "expert" in name.lower())
-        holders = (name.rpartition(".")[0] for name in raw)
-        return list(dict.fromkeys(n for n in holders if not is_candidate(self.model.get_submodule(n))))
-
-    def leave_absent(self, name: str) -> None:
-        """Leave out a layer outside the graph, unless the output depends on it: that would be less than was asked."""
-        reason = self.traced.why_absent(self.model.get_submodule(name))
+    def leave(self, name: str, kind: str, reason: str) -> None:
+        """Leave a layer out, as one that was asked for where its kind was."""
         self.left_out[name] = reason
-        raw = isinstance(self.model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention)
-        if (
-            "output" not in reason.split()
-            and not raw
-            and self.kind_of([name]) in self.kinds
-            and not self.is_skipped([name])
-        ):
+        if kind in self.kinds and reason != "never called" and not self.is_skipped([name]):
             self.blocked[name] = reason
 
-    def raise_blocked(self) -> None:
-        """Raise for the groups that were asked for and cannot be followed."""
-        reasons = (f"{name} ({reason})" for name, reason in self.blocked.items())
-        raise EdgetuneError(
-            f"these layers' widths cannot be cut: {truncate_list(reasons)}",
-            action=f"leave them out: skip: {list(self.blocked)}",
-        )
+    def leave_raw(self) -> None:
+        """Leave out what has no layers: experts in one parameter `(expert, ..., ...)`, `nn.MultiheadAttention`."""
+        raw = (name for name, p in self.model.named_parameters() if p.dim() == 3 and "expert" in name.lower())
+        for name in dict.fromkeys(each.rpartition(".")[0] for each in raw):
+            if not is_candidate(self.model.get_submodule(name)):
+                self.leave(name, "ffn", "experts whose weights are raw parameters")
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.MultiheadAttention):
+                self.leave(name, "heads", "queries, keys and values in one raw parameter")
 
     def refuse(self, kind: str) -> None:
         """Raise for a kind that has no group, with what was seen."""
@@ -237,163 +314,32 @@ class _Finder:
         for name, reason in self.left_out.items():
             by_reason.setdefault(reason, []).append(name)
         seen = "; ".join(f"{truncate_list(names, 4)} ({reason})" for reason, names in by_reason.items())
-        if kind == "heads" and not self.attentions:
-            seen = truncate_list(_attention_modules(self.model), 4)
-            seen = seen and f"{seen} (no linears of its own called as those of an attention are)"
+        none = kind == "heads" and not self.heads and not self.blocked
         raise EdgetuneError(
             f"nothing to prune: no layer can be cut as {kind}; seen: {seen}"
-            if seen
+            if seen and not none
             else f"nothing to prune: the model has no {kind}",
             got=sorted(self.kinds),
             action="change what, or shorten skip",
         )
 
-    def members_of(self, layer: nn.Module) -> tuple[list[Member], list[str]]:
-        """The members that follow a cut of all outputs of `layer`, and in words what cannot be followed."""
-        width = width_of(layer, "out")
-        try:
-            dependents = self.traced.dependents(layer)
-        except (AttributeError, LookupError, TypeError, ArithmeticError, AssertionError) as error:
-            reason = f"a rearrangement of its outputs ({type(error).__name__} while following them)"
-            return [Member(self.names[layer], "out", _one_per_unit(width))], [reason]
-        members: list[Member] = []
-        obstacles: list[str] = []
-        lost: dict[tuple[str, Axis], None] = {}  # members whose positions the graph does not give rightly
-        for one in dependents:
-            target = one.module
-            if target not in self.names:
-                if isinstance(target, nn.Parameter):
-                    obstacles.append(f"the parameter {one.name}")
-                elif one.ends:
-                    obstacles.append("output")
-                continue
-            name = self.names[target]
-            one_axis = not is_candidate(target) or is_depthwise(target)
-            axis: Axis = "out" if one_axis or (one.writes and not one.reads) else "in"
-            if axis == "out" and one.ends:
-                obstacles.append("output")
-            reason = cannot_cut(target, axis)
-            if reason:
-                obstacles.append(f"{name} ({reason})")
-                members.append(Member(name, axis, ()))
-                continue
-            member = _member(name, axis, width, one.pairs, width_of(target, axis))
-            if member is None:
-                lost[name, axis] = None
-            members.append(member or Member(name, axis, ()))
-        if lost and not obstacles:
-            return self.fold_outputs(members)
-        return members, obstacles + [f"the order of {name}'s channels" for name, _ in lost]
 
-    def fold_outputs(self, members: list[Member]) -> tuple[list[Member], list[str]]:
-        """The group if several outputs of its writer are one channel of its readers.
-
-        The two halves of a fused gate and up, or the pixels of a pixel shuffle: recognized by the widths, and by
-        whether such units are independent of one another in the readers.
-        """
-        layers = {member.layer: self.model.get_submodule(member.layer) for member in members}
-        widths = [width_of(layers[member.layer], member.axis) for member in members]
-        units, wide, writer = min(widths), max(widths), members[0].layer
-        reader = next((m.layer for m in members if m.axis == "in"), None)
-        several = wide // units
-        if reader is not None and widths[0] == wide and wide % units == 0 and set(widths) == {units, wide}:
-            for outputs in (spans(units, *((1, n * units) for n in range(several))), spans(units, several)):
-                readers = [m.layer for m in members if m.axis == "in"]
-                if all(
-                    width_of(layers[r], "in") == units and self.units_agree(writer, r, outputs, _one_per_unit(units))
-                    for r in readers
-                ):
-                    by_width = {wide: outputs, units: _one_per_unit(units)}
-                    return [Member(m.layer, m.axis, by_width[w]) for m, w in zip(members, widths, strict=True)], []
-        return members, [f"the order of {member.layer}'s channels" for member in members if not member.of_unit]
-
-    def group(self, name: str, members: list[Member], obstacles: list[str]) -> Group | None:
-        """The group, unless it is the model's output, not asked for or skipped."""
-        layers = [member.layer for member in members]
-        kind = "channels" if obstacles and self.is_stream(members) else self.kind_of(layers)
-        reason = ""
-        if "output" in obstacles:
-            reason = "writes the model's output"
-        elif not any(member.axis == "in" for member in members) and not obstacles:
-            reason = "no layer reads it"
-        elif self.is_skipped(layers):
-            reason = "in skip"
-        elif kind not in self.kinds:
-            reason = f"{kind}, not {' or '.join(sorted(self.kinds))}"
-        if reason or obstacles:
-            written = {member.layer for member in members if member.axis == "out" and self.is_candidate(member.layer)}
-            reasons = reason or f"read by {truncate_list(sorted(set(obstacles)), 2)}"
-            self.left_out |= dict.fromkeys([name, *sorted(written - {name})], reasons)
-            if not reason:
-                self.blocked[name] = reasons
-            return None
-        return Group(kind, name, len(members[0].of_unit), tuple(members))
-
-    def is_candidate(self, name: str) -> bool:
-        """Whether the layer of this name is a linear or a convolution."""
-        return is_candidate(self.model.get_submodule(name))
-
-    def kind_of(self, layers: Sequence[str]) -> Kind:
-        """FFN, if the layers are linears of one transformer block, none of them its attention's; else channels.
-
-        Layers between the linears, such as a norm, may be of any class.
-        """
-        linears = all(is_linear(self.model.get_submodule(n)) for n in layers if self.is_candidate(n))
-        within = any(all(layer.startswith(block) for layer in layers) for block in self.blocks)
-        attends = bool(self.projections.intersection(layers)) or any(layer.startswith(self.inner) for layer in layers)
-        return "ffn" if linears and within and not attends else "channels"
-
-    def is_stream(self, members: Sequence[Member]) -> bool:
-        """Whether a layer that reads the units leads to one that writes them: a residual stream, not an FFN."""
-        node_of = self.graph.module2node
-        writers, readers = (
-            {node_of[self.model.get_submodule(m.layer)] for m in members if m.axis == axis} for axis in ("out", "in")
-        )
-        waiting, seen = list(readers), set(readers)
-        while waiting:
-            new = set(waiting.pop().outputs) - seen
-            if new & writers:
-                return True
-            seen |= new
-            waiting += new
-        return False
-
-
-def _attention_modules(model: nn.Module) -> list[str]:
-    """Modules whose class name contains "attention"."""
-    return [name for name, module in model.named_modules() if "attention" in type(module).__name__.lower()]
-
-
-def _one_per_unit(width: int) -> Units:
-    return tuple((position,) for position in range(width))
-
-
-def _unit_of_position(units: Units) -> list[int]:
-    """The unit of each position."""
-    of_position = {position: unit for unit, positions in enumerate(units) for position in positions}
-    return [of_position[position] for position in range(len(of_position))]
-
-
-def _member(
-    layer: str, axis: Axis, width: int, pairs: Sequence[tuple[int, int | None]], own_width: int
-) -> Member | None:
-    """The member, unless its positions are not given for every unit alike, or lie beyond the layer's own width."""
-    of_unit: list[list[int]] = [[] for _ in range(width)]
-    for position, root in pairs:
-        if root is None or not 0 <= position < own_width:
-            return None
-        of_unit[root].append(position)
-    if len({len(unit) for unit in of_unit}) != 1 or len({position for position, _ in pairs}) != len(pairs):
+def _by_unit(axis: UnitAxis, leaf: UnitAxis) -> Units | None:
+    """The positions of each unit of a leaf on an axis; `None` unless they are as many for each."""
+    try:
+        units = units_of(axis, leaf)
+    except Misaligned:
         return None
-    return Member(layer, axis, tuple(tuple(unit) for unit in of_unit))
+    positions: list[list[int]] = [[] for _ in range(leaf.size)]
+    for position, unit in enumerate(units.tolist()):
+        if unit >= 0:
+            positions[unit].append(position)
+    return tuple(map(tuple, positions)) if len({len(each) for each in positions}) == 1 else None
 
 
-def _group_of_attention(attention: Attention) -> Group:
-    units, size, per_unit = attention.kv_heads, attention.head_dim, attention.queries_per_unit
-    if attention.fused_rows is not None:
-        writers = [Member(attention.query, "out", attention.fused_rows)]
-    else:
-        writers = [Member(attention.query, "out", spans(units, size * per_unit))]
-        writers += [Member(layer, "out", spans(units, size)) for layer in (attention.key, attention.value)]
-    members = (*writers, Member(attention.output, "in", spans(units, size * per_unit)))
-    return Group("heads", attention.name, units, members, attention)
+def _shared_parameters(model: nn.Module) -> dict[str, list[str]]:
+    """Parameters that several layers share: all names of each."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return {name: same for same in names.values() if len(same) > 1 for name in same}

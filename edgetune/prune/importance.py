@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.inputs import Inputs, call, token_mask
 from edgetune.core.modes import preserve_state
+from edgetune.prune.attention import Attention
 from edgetune.prune.groups import Group, Member
 from edgetune.prune.layers import BATCH_NORMS, CONVOLUTIONS, is_linear, weight_of, width_of
 
@@ -24,8 +25,8 @@ def magnitude_scores(model: nn.Module, group: Group) -> Tensor:
     norms of the rows that write the unit (gate and up of a gated FFN) and of the column that reads it. Convolutions:
     the root mean square that the batch norms give the channel, times the norm of the weights that read it.
     """
-    if group.attention is not None:
-        return _head_scores(model, group)
+    if group.attentions:
+        return torch.stack([_head_scores(model, group, each).square() for each in group.attentions]).sum(0).sqrt()
     read = sum(_norms(model, member, 1).square() for member in group.along("in"))
     score = torch.as_tensor(read).sqrt()
     writers = [(m, model.get_submodule(m.layer)) for m in group.along("out")]
@@ -47,17 +48,15 @@ def _norms(model: nn.Module, member: Member, dim: int) -> Tensor:
     return power[torch.tensor(member.of_unit, device=power.device)].sum(1).sqrt()
 
 
-def _head_scores(model: nn.Module, group: Group) -> Tensor:
-    attention = group.attention
-    assert attention is not None
+def _head_scores(model: nn.Module, group: Group, attention: Attention) -> Tensor:
     value, output = model.get_submodule(attention.value), model.get_submodule(attention.output)
     written = weight_of(value).double()
     if isinstance(value.bias, Tensor):
         written = torch.cat([written, value.bias.double()[:, None]], dim=1)
-    if attention.fused_rows is not None:  # the last positions of a unit are its value
-        written = written[torch.tensor(attention.fused_rows, device=written.device)[:, -attention.head_dim :]]
-    written = written.reshape(attention.kv_heads, attention.head_dim, -1)
-    read = weight_of(output).double().reshape(-1, attention.kv_heads, attention.queries_per_unit, attention.head_dim)
+    written = written[torch.tensor(attention.value_rows, device=written.device)]
+    (columns,) = (member.of_unit for member in group.along("in") if member.layer == attention.output)
+    read = weight_of(output).double()[:, torch.tensor(columns, device=written.device)]
+    read = read.reshape(len(read), attention.units, attention.queries_per_unit, attention.head_dim)
     # ||R W||^2 = tr(R'R WW'), which needs only head_dim x head_dim matrices
     gram = torch.einsum("ourd,oure->ude", read, read)
     return (gram * (written @ written.transpose(1, 2))).sum((1, 2)).clamp(min=0).sqrt()

@@ -9,7 +9,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from edgetune.core.layers import is_transposed
 
-Axis = Literal["out", "in"]
+Side = Literal["out", "in", "groups", "raw"]
 
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -31,8 +31,8 @@ def is_candidate(layer: nn.Module) -> bool:
     return is_linear(layer) or isinstance(layer, CONVOLUTIONS)
 
 
-def axis_of(layer: nn.Module, axis: Axis) -> int:
-    """The dimension of the layer's own weight for `axis`."""
+def axis_of(layer: nn.Module, axis: Side) -> int:
+    """The dimension of the layer's own weight for "out" or "in"."""
     swapped = is_transposed(layer) or (isinstance(layer, TRANSPOSED) and not is_depthwise(layer))
     return int((axis == "in") != swapped)
 
@@ -44,7 +44,7 @@ def weight_of(layer: nn.Module) -> Tensor:
     return weight.transpose(0, 1) if axis_of(layer, "out") == 1 else weight
 
 
-def width_of(layer: nn.Module, axis: Axis) -> int:
+def width_of(layer: nn.Module, axis: Side) -> int:
     """Positions of the layer along an axis."""
     if isinstance(layer, BATCH_NORMS):
         return layer.num_features
@@ -56,12 +56,16 @@ def channel_dimension(layer: nn.Module) -> int:
     return -1 - len(layer.kernel_size) if isinstance(layer, CONVOLUTIONS) else -1
 
 
-def cannot_cut(layer: nn.Module, axis: Axis) -> str:
-    """Why a layer cannot be cut along an axis, in words; empty where it can."""
+def cannot_cut(layer: nn.Module) -> str:
+    """Why a layer cannot be cut, in words; empty where it can."""
     name = type(layer).__name__
     if is_parametrized(layer) or {n for n, _ in layer.named_parameters()} - {"weight", "bias"}:
         return f"{name} that computes its weight"
-    if isinstance(layer, CONVOLUTIONS):
-        single = layer.groups == 1 or (axis == "out" and is_depthwise(layer))
-        return "" if single else f"{name} with {layer.groups} groups"
-    return "" if is_linear(layer) or isinstance(layer, BATCH_NORMS) else name
+    return "" if is_candidate(layer) or isinstance(layer, BATCH_NORMS) else name
+
+
+def follows_weight(layer: nn.Module, parameter: str) -> bool:
+    """Whether a parameter or buffer is cut with the layer's weight, or with its statistics where it has no weight."""
+    if isinstance(layer, BATCH_NORMS):
+        return parameter != ("running_mean" if layer.weight is None else "weight")
+    return is_candidate(layer) and parameter == "bias"

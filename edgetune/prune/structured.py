@@ -11,15 +11,16 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from edgetune.core.carriers import is_wrapped
-from edgetune.core.errors import EdgetuneError
+from edgetune.core.errors import EdgetuneError, truncate_list
 from edgetune.core.layers import matches, no_match_error
-from edgetune.core.modes import preserve_state, preserve_trainability
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.prune.attention import attention_names, display_name
-from edgetune.prune.cut import cut, resize_like
-from edgetune.prune.groups import Cut, Group, Kind, find_groups
+from edgetune.prune.cut import cut
+from edgetune.prune.groups import Cut, Group, Grouping, Kind, find_groups
 from edgetune.prune.importance import activation_scores, input_means, magnitude_scores, observe_moments
+from edgetune.prune.structure import cut_next
 
+_GROUPING = "edgetune_grouping"  # the attribute of a model that says what could be cut, and what not
 _MOST_MISSED = 0.05  # of all units, that rounding up to one multiple may keep beyond what was asked
 
 
@@ -32,7 +33,8 @@ class Prune(Technique):
     Query heads that share a key-value head (GQA) are kept or removed together, so the number of heads stays a
     multiple of the key-value heads. The pruned model computes exactly what the model computes with the removed units
     set to zero (with importance "activation" and a following linear layer with bias: to their mean); this is checked
-    on the example inputs. The result is deterministic, given the weights and the sample.
+    on the example inputs. Layers whose units cannot be cut stay as they are, and the run's history names them. The
+    result is deterministic, given the weights and the sample.
     """
 
     name: ClassVar[str] = "prune"
@@ -68,24 +70,37 @@ class Prune(Technique):
         """Prune in place. Raises `EdgetuneError`, and leaves the model unchanged, if it cannot be pruned as
         requested."""
         sample = self.require_sample(sample)
-        cuts, fill = self._decide(model, sample)
+        cuts, fill, grouping = self._decide(model, sample)
         cut(model, cuts, sample.inputs, fill)
+        setattr(model, _GROUPING, grouping)
         return model
 
+    def note(self, model: nn.Module) -> str:
+        """The layers that were left as they are, and why."""
+        grouping = getattr(model, _GROUPING, None)
+        if grouping is None:
+            return ""
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in grouping.blocked.items():
+            by_reason.setdefault(reason, []).append(display_name(name))
+        notes = [f"{truncate_list(names, 2)} ({reason})" for reason, names in by_reason.items()]
+        if grouping.unasked:
+            notes.append(f"{truncate_list(grouping.unasked, 2)} (convolutions: what has no channels)")
+        return f"left as they are: {truncate_list(notes, 4)}" if notes else ""
+
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
-        """The widths of the pruned weights."""
-        return resize_like(model, state)
+        """The widths that the stored model has on record."""
+        return cut_next(model)
 
     def plan(self, model: nn.Module, sample: Sample | None = None) -> tuple[Cut, ...]:
         """What `apply` would remove, as a printable value. The model does not change."""
         return self._decide(model, self.require_sample(sample))[0]
 
-    def _decide(self, model: nn.Module, sample: Sample) -> tuple[tuple[Cut, ...], dict[str, Tensor]]:
+    def _decide(self, model: nn.Module, sample: Sample) -> tuple[tuple[Cut, ...], dict[str, Tensor], Grouping]:
         self._check(model)
         kinds = self._kinds(model)
-        with preserve_state(model), preserve_trainability(model):
-            groups = find_groups(model, sample.inputs, kinds, self.skip)
-        _refuse_shared(model, groups)
+        grouping = find_groups(model, sample.inputs, kinds, self.skip)
+        groups = list(grouping.groups)
         moments = observe_moments(model, groups, sample.batches()) if self.importance == "activation" else None
         cuts = []
         for group in groups:
@@ -96,7 +111,8 @@ class Prune(Technique):
             cuts.append(_drop_lowest(group, scores, count))
         self._refuse_unchanged(kinds, groups, cuts)
         self._refuse_unreached(kinds, groups)
-        return tuple(cuts), {} if moments is None else input_means(model, groups, moments)
+        fill = {} if moments is None else input_means(model, groups, moments)
+        return tuple(cuts), fill, grouping
 
     def _check(self, model: nn.Module) -> None:
         wrapped = next((name for name, module in model.named_modules() if is_wrapped(module)), None)
@@ -123,13 +139,17 @@ class Prune(Technique):
         own = {"ffn": self.ffn_ratio, "heads": self.head_ratio, "channels": None}[kind]
         return self.ratio if own is None else own
 
-    def _multiple(self, kind: Kind) -> int:
-        """What the number of units that stay is a multiple of."""
-        return 1 if kind == "heads" else self.round_to
+    def _multiple(self, group: Group) -> int:
+        """What the number of units that stay is a multiple of, so that `round_to` divides the width they are written
+        in."""
+        if group.kind == "heads":
+            return 1
+        per_unit = len(group.along("out")[0].of_unit[0])
+        return self.round_to // math.gcd(self.round_to, per_unit)
 
     def _units_to_keep(self, group: Group) -> int:
         """Units that stay, rounded to the nearest multiple (halves up) and at least one multiple."""
-        step = self._multiple(group.kind)
+        step = self._multiple(group)
         wanted = group.units * (1 - self._ratio(group.kind))
         return min(group.units, max(step, int(wanted / step + 0.5) * step))
 
@@ -137,12 +157,6 @@ class Prune(Technique):
         for kind in sorted(kinds):
             if not any(one.group.kind == kind for one in cuts):
                 widths = sorted({group.units for group in groups if group.kind == kind})
-                if widths == [1]:
-                    raise EdgetuneError(
-                        f"{kind}: there is one key-value head, which every query head reads, so none can go by itself",
-                        got=[group.name for group in groups if group.kind == kind],
-                        action=f"leave {kind} out of what",
-                    )
                 raise EdgetuneError(
                     f"rounding leaves every width of {kind} as it is",
                     got=f"ratio {self._ratio(kind)}, round_to {self.round_to}, widths {widths}",
@@ -154,9 +168,8 @@ class Prune(Technique):
         for kind in sorted(kinds):
             own, ratio = [group for group in groups if group.kind == kind], self._ratio(kind)
             units, kept = sum(group.units for group in own), sum(map(self._units_to_keep, own))
-            emptied = [
-                g for g in own if g.units * (1 - ratio) < self._multiple(kind) / 2 and g.units > self._multiple(kind)
-            ]
+            steps = {group.name: self._multiple(group) for group in own}
+            emptied = [g for g in own if g.units * (1 - ratio) < steps[g.name] / 2 and g.units > steps[g.name]]
             missed = sum(self._units_to_keep(group) - group.units * (1 - ratio) for group in emptied)
             if missed > _MOST_MISSED * units:
                 widths = ", ".join(
@@ -174,18 +187,3 @@ class Prune(Technique):
 def _drop_lowest(group: Group, scores: Tensor, count: int) -> Cut:
     order = torch.argsort(scores.cpu(), descending=True, stable=True)
     return Cut(group, tuple(sorted(order[count:].tolist())))
-
-
-def _refuse_shared(model: nn.Module, groups: list[Group]) -> None:
-    owners: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(parameter, []).append(name)
-    for group in groups:
-        for member in group.members:
-            for parameter in model.get_submodule(member.layer).parameters():
-                if len(owners[parameter]) > 1:
-                    raise EdgetuneError(
-                        f"{member.layer} shares a parameter with another layer, so it cannot be cut alone",
-                        got=owners[parameter],
-                        action=f'untie them, or leave it out: skip: ["{member.layer}"]',
-                    )

@@ -19,7 +19,7 @@ from edgetune.runtime import host
 from edgetune.runtime.clock.machine import cpuinfo, text_of, usable_cores
 
 STACK = (
-    "edgetune", "torch", "executorch", "torchao", "transformers", "peft", "bitsandbytes", "torch-pruning", "plotly",
+    "edgetune", "torch", "executorch", "torchao", "transformers", "peft", "bitsandbytes", "plotly",
 )  # fmt: skip
 FLAGS = {  # as the kernel prints them; those that change how fast a matrix product is
     "avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16",

@@ -1,8 +1,7 @@
 """The model that a run ended with, stored with its history: opening a run trains, prunes and quantizes nothing.
 
 `finished/` in the run's folder holds the tensors (`model.safetensors`, quantized ones in torchao's own layout) or, for
-a
-model that has become a graph, `model.pt2`; and `structure.json`, the history of the recipe's model. The structure is
+a model that has become a graph, `model.pt2`; and `structure.json`, the history of the recipe's model. The structure is
 restored by `Technique.rebuild` of each technique.
 """
 
@@ -35,6 +34,7 @@ from edgetune.data.rows import Rows
 from edgetune.models.chat import drop_truncated_answers
 from edgetune.models.loaded import LoadedModel
 from edgetune.models.metadata import describe_io
+from edgetune.prune.structure import hand_over, history_of
 from edgetune.quant.int8 import Static8
 from edgetune.recipe.recipe import Recipe, load, settings_class
 from edgetune.recipe.sections import ExportSettings
@@ -57,6 +57,7 @@ class Structure(Settings):
     task: str  # its name
     values: dict[str, Any]  # of the task: its labels in the order of the data, and what it learned from training rows
     config: dict[str, Any] = {}  # noqa: RUF012  pydantic copies it; of a model of transformers: its config as it ended
+    cuts: tuple[dict[str, dict[str, Any]], ...] = ()  # what pruning left of the model's structure, in order
 
     def make_task(self) -> Task:
         """The task of the run, in the order of the data."""
@@ -124,6 +125,7 @@ def save_finished(folder: Path, model: nn.Module, recipe: Recipe, dataset: Datas
         task=dataset.task.name,
         values=asdict(dataset.task),
         config=_config(model),
+        cuts=tuple(history_of(model)),
     )
     target = folder / FOLDER
     shutil.rmtree(target, ignore_errors=True)
@@ -189,6 +191,7 @@ def _rebuild(run: FinishedRun) -> nn.Module:
     state |= {name: state[first] for name, first in run.structure.shared.items()}
     model = run.model
     names = {unwrapped_name(name): tensor for name, tensor in state.items()} | state  # also as earlier techniques knew
+    hand_over(model, run.structure.cuts)
     for technique in run.history:
         model = technique.rebuild(model, names)
     config = getattr(model, "config", None)

@@ -212,14 +212,12 @@ def warm_up() -> None:
     """Import and use the libraries once, before the processes fork."""
     import bitsandbytes
     import peft
-    import torch_pruning
 
     with silence_libraries():
         import executorch.exir
     assert executorch.exir
     assert peft
     assert bitsandbytes
-    assert torch_pruning
     torch.set_num_threads(1)
     lower(Positional(nn.Linear(2, 2), torch.ones(1, 2)).eval(), (torch.ones(1, 2),), find("xnnpack"))
 

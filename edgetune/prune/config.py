@@ -1,4 +1,4 @@
-"""The configs of transformers after blocks were taken out: `from_pretrained` builds a model as deep."""
+"""The configs of transformers after a cut: `from_pretrained` builds a model as deep and as wide, if it can."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ import torch
 from torch import nn
 
 from edgetune.core.quiet import silence_libraries
+from edgetune.prune.attention import HEAD_COUNTS
 from edgetune.prune.changes import Changes
+from edgetune.prune.groups import Cut
 
 Kept = Mapping[str, tuple[int, Sequence[int]]]  # of each list: how many blocks it had, and the positions that stay
 
@@ -97,18 +99,84 @@ def _write_stages(config: Any, depth: int, changes: Changes) -> None:
 
 
 def _builds(module: Any, configs: list[Any], numbers: list[tuple[Any, str]], kept: Kept) -> bool:
-    """Whether the class makes tensors of the module's own names and shapes from the config with these numbers."""
+    """Whether the class makes the module's own tensors from the config with these numbers."""
     changes = Changes()
     _write(configs, numbers, kept, changes)
     try:
-        with silence_libraries(), torch.device("meta"):
-            built = type(module)(copy.deepcopy(module.config))
-    except Exception:
-        return False  # a class that cannot be built apart from its weights
+        return builds_itself(module)
     finally:
         changes.undo()
-    return _shapes(built) == _shapes(module)
+
+
+def builds_itself(module: Any) -> bool:
+    """Whether the class makes tensors of the module's own names and shapes from its config, as it is stored."""
+    return _mismatches(module) == set()
+
+
+def _mismatches(module: Any) -> set[str] | None:
+    """Tensors of other shapes, or of one alone, that the class makes from the config; `None`: it makes no model."""
+    try:
+        with silence_libraries(), torch.device("meta"):
+            config = type(module.config).from_dict(copy.deepcopy(module.config.to_dict()))
+            built = type(module)(config)
+    except Exception:
+        return None  # a class that cannot be built apart from its weights, or refuses these numbers
+    own, made = _shapes(module), _shapes(built)
+    return {name for name in own.keys() | made.keys() if own.get(name) != made.get(name)}
 
 
 def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in module.state_dict().items()}
+
+
+FFN_WIDTHS = (  # as config classes call it
+    "intermediate_size", "ffn_dim", "hidden_dim", "n_inner", "d_ff", "ffn_hidden_size", "encoder_ffn_dim",
+    "decoder_ffn_dim",
+)  # fmt: skip
+_KV_COUNTS = ("num_key_value_heads", "num_kv_heads", "n_head_kv")
+Width = tuple[str, int, int]  # what a config calls it, before, after
+
+
+def follow_widths(model: nn.Module, cuts: Sequence[Cut], changes: Changes) -> None:
+    """Write the new widths into the config of a model of transformers, as far as its class builds the model from it.
+
+    A config without `head_dim` takes hidden size / heads for it: there it is tried whether the class reads one. What
+    cannot be said stays as it was: then `et.load_pretrained` loads the model, and `from_pretrained` does not.
+    """
+    if not hasattr(type(model), "from_pretrained") or not hasattr(model, "config"):
+        return
+    heads = [width for one in cuts for width in _head_widths(one)]
+    sizes = {each.head_dim for one in cuts for each in one.group.attentions}
+    ffn = [(name, one.group.units, len(one.keep)) for one in cuts if one.group.kind == "ffn" for name in FFN_WIDTHS]
+    explicit = [("head_dim", 0, size) for size in sizes] if len(sizes) == 1 else []
+    remaining, best = _mismatches(model), list[Width]()
+    for widths in (ffn, heads, [*heads, *explicit], [*ffn, *heads], [*ffn, *heads, *explicit]):
+        tried = Changes()
+        _write_widths(model, widths, tried)
+        mismatches = _mismatches(model)
+        tried.undo()
+        if mismatches is not None and (remaining is None or mismatches < remaining):
+            remaining, best = mismatches, widths
+    _write_widths(model, best, changes)
+
+
+def _head_widths(one: Cut) -> list[Width]:
+    kept, widths = len(one.keep), list[Width]()
+    for attention in one.group.attentions:
+        widths += [(name, attention.heads, kept * attention.queries_per_unit) for name in HEAD_COUNTS]
+        widths += [(name, attention.kv_heads, attention.kv_heads_after(kept)) for name in _KV_COUNTS]
+    return widths
+
+
+def _write_widths(model: nn.Module, widths: Sequence[Width], changes: Changes) -> None:
+    """Write each width that is the same wherever it stood, into the configs that had the number before."""
+    after: dict[tuple[str, int], set[int]] = {}
+    for name, old, new in widths:
+        after.setdefault((name, old), set()).add(new)
+    configs = {id(each): each for m in model.modules() if (c := getattr(m, "config", None)) for each in _configs(c)}
+    for config in configs.values():
+        for (name, old), news in after.items():
+            value = getattr(config, name, None)
+            unset = name == "n_inner" and hasattr(config, name) and value is None  # four times the model's width
+            if len(news) == 1 and (unset or value == old or (old == 0 and value is None)):
+                changes.add(config, name, next(iter(news)))
