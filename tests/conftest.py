@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,24 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     ranks = {f"test_{name}.py": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(LONG)))
+    mark_slow(items)
+
+
+def mark_slow(items: list[pytest.Item]) -> None:
+    """Mark the tests that slow.txt names. Raises for a pattern that names none of the whole suite."""
+    here = Path(__file__).parent
+    lines = (here / "slow.txt").read_text(encoding="utf-8").splitlines()
+    for pattern in (line for line in lines if line and not line.startswith("#")):
+        named = [item for item in items if fnmatchcase(f"{item.path.name}::{item.name}", pattern)]
+        for item in named:
+            item.add_marker(pytest.mark.slow)
+        if not named and whole_suite(items, here):
+            raise pytest.UsageError(f"slow.txt: no such test: {pattern}")
+
+
+def whole_suite(items: list[pytest.Item], here: Path) -> bool:
+    """Whether every file of tests was collected."""
+    return {path.name for path in here.glob("test_*.py")} <= {item.path.name for item in items}
 
 
 def pytest_collection_finish() -> None:

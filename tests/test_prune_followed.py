@@ -80,8 +80,10 @@ def test_attention_with_raw_parameters_is_refused_for_heads_and_works_for_the_ff
     block = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
     model, inputs = nn.Sequential(block, nn.Linear(16, 2)).eval(), torch.randn(2, 4, 16)
     with pytest.raises(EdgetuneError, match="one raw parameter"):
-        Prune().apply(model, Sample.of(inputs))
-    Prune(what={"ffn"}, ratio=0.5).apply(model, Sample.of(inputs))
+        Prune(what={"heads"}).apply(model, Sample.of(inputs))
+    prune = Prune(ratio=0.5)
+    prune.apply(model, Sample.of(inputs))
+    assert prune.note(model) == "left as they are: 0.self_attn (queries, keys and values in one raw parameter)"
     assert model[0].linear1.out_features == model[0].linear2.in_features == 16
 
 

@@ -85,10 +85,16 @@ def unbound(walk: Walk, node: fx.Node, given: dict[str, Any]) -> list[Axes]:
 
 @rule("split", "split_with_sizes", "chunk", "tensor_split", "unsafe_split", "unsafe_chunk", "unsafe_split_with_sizes")
 def divided(walk: Walk, node: fx.Node, given: dict[str, Any]) -> list[Axes]:
-    """A dimension in pieces."""
+    """A dimension in pieces: equal ones have one axis, so that they stay equal."""
     x, dim = walk.axes(given["self"]), given.get("dim", 0)
+    values = node.meta["val"]
+    if len({piece.shape[dim] for piece in values}) == 1:
+        _, own = walk.try_factorize(x[dim], len(values))
+        axes = list(x)
+        axes[dim] = own
+        return [list(axes) for _ in values]
     pieces, start = [], 0
-    for piece in node.meta["val"]:
+    for piece in values:
         size = piece.shape[dim]
         axes = list(x)
         axes[dim] = walk.try_section(x[dim], start, start + size)

@@ -12,6 +12,7 @@ class Changes:
 
     def __init__(self) -> None:
         self._before: list[tuple[Any, str, Any]] = []
+        self.shared: dict[tuple[int, str], Any] = {}  # what a tensor became along an axis, for all layers that share it
 
     def set(self, owner: Any, attribute: str, value: Any) -> None:
         """Set an attribute and store its old value."""

@@ -34,26 +34,37 @@ ALL_HEADS = ("all_head_size", "attn_dim", "inner_dim", "split_size")  # heads x 
 
 
 @torch.no_grad()
-def cut(model: nn.Module, cuts: Sequence[Cut], inputs: Inputs, fill: dict[str, Tensor] | None = None) -> None:
+def cut(model: nn.Module, cuts: Sequence[Cut], inputs: Inputs, fill: dict[str, Tensor] | None = None) -> dict[str, str]:
     """Cut the units out in place, and check that the result equals the old model with those units at zero.
 
     The output of every layer that reads units is compared, and the model's. `fill`: for such a layer, the value `(in,)`
-    of dropped inputs instead of zero; it is folded into the layer's bias. Raises `EdgetuneError` that names the failed
-    cuts, with the model as it was, if something else reads a cut width.
+    of dropped inputs instead of zero; it is folded into the layer's bias. Groups whose width is read elsewhere stay as
+    they are: returns their names and why. Raises `EdgetuneError`, with the model as it was, if all are such.
     """
+    left: dict[str, str] = {}
+    remaining = list(cuts)
     with preserve_state(model):
-        changes, reason = _try_cuts(model, cuts, inputs, fill or {})
-        if not reason:
-            add_entry(model, layers_entry(model, changes))
-            return
+        while remaining:
+            changes, reason = _try_cuts(model, remaining, inputs, fill or {})
+            if not reason:
+                add_entry(model, layers_entry(model, changes))
+                return left
+            changes.undo()
+            failing = _failing_alone(model, remaining, inputs, fill or {}) or {c.group.name: reason for c in remaining}
+            left |= failing
+            remaining = [one for one in remaining if one.group.name not in failing]
+    _refuse(cuts, left)
+    return left
+
+
+def _failing_alone(model: nn.Module, cuts: Sequence[Cut], inputs: Inputs, fill: dict[str, Tensor]) -> dict[str, str]:
+    failing: dict[str, str] = {}
+    for one in cuts if len(cuts) > 1 else ():
+        changes, reason = _try_cuts(model, [one], inputs, fill)
         changes.undo()
-        failing: dict[str, str] = {}
-        for one in cuts if len(cuts) > 1 else ():
-            own, reason_alone = _try_cuts(model, [one], inputs, fill or {})
-            own.undo()
-            if reason_alone:
-                failing[one.group.name] = reason_alone
-    _refuse(cuts, failing or {one.group.name: reason for one in cuts})
+        if reason:
+            failing[one.group.name] = reason
+    return failing
 
 
 def _refuse(cuts: Sequence[Cut], failing: Mapping[str, str]) -> None:
@@ -176,10 +187,7 @@ def _apply(model: nn.Module, cuts: Sequence[Cut], fill: dict[str, Tensor], chang
         if place.axis == "in":
             _fold(layer, sorted(drop), fill.get(place.layer), changes)
         if place.axis == "raw":
-            whole = getattr(layer, place.parameter)
-            stays = [i for i in range(whole.shape[place.dim]) if i not in drop]
-            kept = whole.index_select(place.dim, _index(stays, whole))
-            changes.set(layer, place.parameter, _replacement(whole, kept))
+            _slice_raw(layer, place, drop, changes)
         elif place.axis == "groups":
             changes.set(layer, "groups", layer.groups - len(drop))
         else:
@@ -241,13 +249,23 @@ def _slice(layer: nn.Module, axis: Side, keep: list[int], changes: Changes) -> N
     weight = getattr(layer, "weight", None)
     if weight is not None:
         kept = torch.tensor(keep, device=weight.device)
-        changes.set(layer, "weight", _replacement(weight, weight.index_select(axis_of(layer, axis), kept)))
+        new = _replacement(weight, weight.index_select(axis_of(layer, axis), kept))
+        changes.set(layer, "weight", changes.shared.setdefault((id(weight), axis), new))
     for name in ("bias", "running_mean", "running_var") if axis == "out" else ():
         tensor = getattr(layer, name, None)
         if tensor is not None:
-            changes.set(layer, name, _replacement(tensor, tensor[keep]))
+            changes.set(layer, name, changes.shared.setdefault((id(tensor), axis), _replacement(tensor, tensor[keep])))
     for name in _width_attributes(layer, axis):
         changes.set(layer, name, len(keep))
+
+
+def _slice_raw(layer: Any, place: ParameterAxis, drop: set[int], changes: Changes) -> None:
+    """Take positions out of a parameter that is no layer's weight, or out of a table."""
+    whole = getattr(layer, place.parameter)
+    stays = [position for position in range(whole.shape[place.dim]) if position not in drop]
+    changes.set(layer, place.parameter, _replacement(whole, whole.index_select(place.dim, _index(stays, whole))))
+    if isinstance(layer, nn.Embedding):
+        changes.set(layer, ("num_embeddings", "embedding_dim")[place.dim], len(stays))
 
 
 def _width_attributes(layer: nn.Module, axis: Side) -> tuple[str, ...]:

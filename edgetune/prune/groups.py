@@ -104,16 +104,18 @@ class Grouping:
     unasked: tuple[str, ...]
 
 
-def find_groups(model: nn.Module, inputs: Inputs, kinds: AbstractSet[str], skip: Collection[str]) -> Grouping:
+def find_groups(
+    model: nn.Module, inputs: Inputs, kinds: AbstractSet[str], skip: Collection[str], every: bool = True
+) -> Grouping:
     """The groups of these kinds without those that touch the model's output or a layer in `skip`.
 
-    Raises `EdgetuneError` if the model's operators cannot be recorded, and for a kind without a group, naming every
-    layer seen and why it was left out.
+    Raises `EdgetuneError` if the model's operators cannot be recorded, and for a kind without a group (`every` false:
+    if there is no group at all), naming every layer seen and why it was left out.
     """
     finder = _Finder(model, inputs, kinds, skip)
     groups = finder.groups()
     for kind in sorted(kinds):
-        if not any(group.kind == kind for group in groups):
+        if not any(group.kind == kind or not every for group in groups):
             finder.refuse(kind)
     return Grouping(tuple(groups), finder.blocked, tuple(finder.unasked))
 
@@ -129,7 +131,6 @@ class _Finder:
             for dim, axis in enumerate(axes):
                 for leaf in axis.leaves():
                     self.places.setdefault(leaf, []).append((name, dim))
-        self.shared = _shared_parameters(model)
         self.values = {leaf for _, columns in self.walk.attended for leaf in columns.leaves()}
         self.heads = {leaf for parallel, _ in self.walk.attended for leaf in parallel.leaves()}
         self.blocked: dict[str, str] = {}  # layers whose group cannot be cut, and why
@@ -221,8 +222,6 @@ class _Finder:
         layer = self.model.get_submodule(layer_name)
         if follows_weight(layer, own):
             return None, ""
-        if name in self.shared:
-            return None, f"one parameter of several layers: {truncate_list(self.shared[name], 2)}"
         side: Side = "raw"
         if isinstance(layer, BATCH_NORMS):
             side = "out"
@@ -335,11 +334,3 @@ def _by_unit(axis: UnitAxis, leaf: UnitAxis) -> Units | None:
         if unit >= 0:
             positions[unit].append(position)
     return tuple(map(tuple, positions)) if len({len(each) for each in positions}) == 1 else None
-
-
-def _shared_parameters(model: nn.Module) -> dict[str, list[str]]:
-    """Parameters that several layers share: all names of each."""
-    names: dict[nn.Parameter, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(parameter, []).append(name)
-    return {name: same for same in names.values() if len(same) > 1 for name in same}

@@ -54,6 +54,7 @@ def cut_as(model: nn.Module, entry: Entry, partly: bool = False) -> None:
     Raises `EdgetuneError` for a layer that the model lacks, or that is smaller already; `partly`: a config may have
     said some of the cuts, which leaves such a layer as it is.
     """
+    shared: dict[int, tuple[Tensor, Tensor]] = {}  # a tensor, and what it became for all layers that have it
     for name, values in entry["layers"].items():
         try:
             module = model.get_submodule(name)
@@ -70,8 +71,9 @@ def cut_as(model: nn.Module, entry: Entry, partly: bool = False) -> None:
                         continue
                     raise _misfit(name, f"{attribute} {tuple(old.shape)} -> {tuple(value)}")
                 new = torch.empty(value, dtype=old.dtype, device=old.device)
-                parameter = isinstance(old, nn.Parameter)
-                setattr(module, attribute, nn.Parameter(new, requires_grad=old.requires_grad) if parameter else new)
+                if isinstance(old, nn.Parameter):
+                    new = nn.Parameter(new, requires_grad=old.requires_grad)
+                setattr(module, attribute, shared.setdefault(id(old), (old, new))[1])
 
 
 def _misfit(name: str, got: str) -> EdgetuneError:

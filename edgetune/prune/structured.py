@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
@@ -71,8 +72,8 @@ class Prune(Technique):
         requested."""
         sample = self.require_sample(sample)
         cuts, fill, grouping = self._decide(model, sample)
-        cut(model, cuts, sample.inputs, fill)
-        setattr(model, _GROUPING, grouping)
+        left = cut(model, cuts, sample.inputs, fill)
+        setattr(model, _GROUPING, replace(grouping, blocked=grouping.blocked | left))
         return model
 
     def note(self, model: nn.Module) -> str:
@@ -99,7 +100,7 @@ class Prune(Technique):
     def _decide(self, model: nn.Module, sample: Sample) -> tuple[tuple[Cut, ...], dict[str, Tensor], Grouping]:
         self._check(model)
         kinds = self._kinds(model)
-        grouping = find_groups(model, sample.inputs, kinds, self.skip)
+        grouping = find_groups(model, sample.inputs, kinds, self.skip, every=self.what is not None)
         groups = list(grouping.groups)
         moments = observe_moments(model, groups, sample.batches()) if self.importance == "activation" else None
         cuts = []
@@ -154,8 +155,10 @@ class Prune(Technique):
         return min(group.units, max(step, int(wanted / step + 0.5) * step))
 
     def _refuse_unchanged(self, kinds: frozenset[Kind], groups: list[Group], cuts: list[Cut]) -> None:
+        """Raise for a kind that was asked for, and of which rounding leaves everything; else if it leaves all."""
         for kind in sorted(kinds):
-            if not any(one.group.kind == kind for one in cuts):
+            asked = self.what is not None or (kind == "heads" and self.head_ratio is not None)
+            if not any(one.group.kind == kind or not asked for one in cuts):
                 widths = sorted({group.units for group in groups if group.kind == kind})
                 raise EdgetuneError(
                     f"rounding leaves every width of {kind} as it is",
