@@ -17,7 +17,7 @@ from edgetune.core.technique import Sample
 from edgetune.prune.groups import find_groups
 from edgetune.prune.importance import magnitude_scores
 from edgetune.prune.structured import Prune
-from support.pruned import TOKENS, bert, bert_inputs, count, llama, mlp
+from support.pruned import TOKENS, bert, bert_inputs, by_weight, count, llama, mlp
 
 
 def test_bert_widths_attributes_and_config_follow_the_cut() -> None:
@@ -136,14 +136,14 @@ def test_llama_drops_query_heads_with_their_key_value_head_and_loads_again(tmp_p
 
 def test_plain_mlp_and_what_is_left_is_the_rest_of_the_model() -> None:
     model, inputs = mlp(), torch.randn(4, 6)
-    plan = Prune(ratio=0.5).plan(model, Sample.of(inputs))
+    plan = by_weight(ratio=0.5).plan(model, Sample.of(inputs))
     assert [str(one) for one in plan] == ["channels 0: 32 -> 16", "channels 2: 16 -> 8"]
     assert str(plan[0].group) == "channels 0: 32 units in 0 (out 32), 2 (in 32)"
     held = copy.deepcopy(model)
     with torch.no_grad():
         held[2].weight[:, list(plan[0].drop)] = 0
         held[4].weight[:, list(plan[1].drop)] = 0
-    Prune(ratio=0.5).apply(model, Sample.of(inputs))
+    by_weight(ratio=0.5).apply(model, Sample.of(inputs))
     torch.testing.assert_close(model(inputs), held(inputs))
     assert [tuple(model[i].weight.shape) for i in (0, 2, 4)] == [(16, 6), (8, 16), (3, 8)]
 
@@ -156,8 +156,8 @@ def test_activation_drops_silent_units_and_folds_constant_ones_into_the_bias() -
     sample, before = Sample.of(inputs), model(inputs).detach()
     plan = Prune(ratio=0.25, importance="activation").plan(model, sample)
     assert plan[0].drop == tuple(range(3, 11))
-    by_weight = Prune(ratio=0.25).plan(model, sample)
-    assert not set(by_weight[0].drop) & set(range(3, 11))
+    weighed = by_weight(ratio=0.25).plan(model, sample)
+    assert not set(weighed[0].drop) & set(range(3, 11))
     Prune(ratio=0.25, importance="activation", skip=("4",)).apply(model, sample)
     torch.testing.assert_close(model(inputs), before, rtol=1e-4, atol=1e-4)
     assert model[0].out_features == 24
@@ -247,11 +247,11 @@ def test_layers_that_share_a_weight_are_cut_as_one_and_go_on_sharing_it(tmp_path
 
     torch.manual_seed(0)
     model, inputs = Twice(), torch.randn(4, 6)
-    plan = Prune(ratio=0.5).plan(model, Sample.of(inputs))
+    plan = by_weight(ratio=0.5).plan(model, Sample.of(inputs))
     held = copy.deepcopy(model)
     with torch.no_grad():
         held.last.weight[:, list(plan[0].drop)] = 0
-    Prune(ratio=0.5).apply(model, Sample.of(inputs))
+    by_weight(ratio=0.5).apply(model, Sample.of(inputs))
     assert model.first.weight is model.second.weight
     assert model.first.weight.shape == (8, 6)
     torch.testing.assert_close(model(inputs), held(inputs))

@@ -16,7 +16,7 @@ from edgetune.core.inputs import Inputs, call, logits_of
 from edgetune.core.technique import Sample
 from edgetune.prune.groups import Cut
 from edgetune.prune.structured import Prune
-from support.pruned import count
+from support.pruned import by_weight, count
 
 
 class Residual(nn.Module):
@@ -53,7 +53,7 @@ class Vit(nn.Module):
 def test_depthwise_residual_and_flatten_follow() -> None:
     torch.manual_seed(0)
     model, inputs = Residual().eval(), torch.randn(2, 3, 8, 8)
-    Prune(ratio=0.5).apply(model, Sample.of(inputs))
+    by_weight(ratio=0.5).apply(model, Sample.of(inputs))
     assert (model.stem.out_channels, model.norm.num_features, model.project.out_channels) == (8, 8, 8)
     assert model.expand.weight.shape[:2] == (24, 8)
     assert (model.deep.groups, model.deep.in_channels, model.deep.weight.shape) == (24, 24, (24, 1, 3, 3))
@@ -66,11 +66,11 @@ def test_depthwise_residual_and_flatten_follow() -> None:
 def test_fused_qkv_follows() -> None:
     torch.manual_seed(0)
     model, inputs = Vit().eval(), torch.randn(2, 5, 32)
-    dropped = Prune(what={"heads"}, ratio=0.25).plan(model, Sample.of(inputs))[0].drop
+    dropped = by_weight(what={"heads"}, ratio=0.25).plan(model, Sample.of(inputs))[0].drop
     with torch.no_grad():
         held = copy.deepcopy(model)
         held.proj.weight[:, dropped[0] * 8 : dropped[0] * 8 + 8] = 0
-        Prune(what={"heads"}, ratio=0.25).apply(model, Sample.of(inputs))
+        by_weight(what={"heads"}, ratio=0.25).apply(model, Sample.of(inputs))
         assert (model.num_heads, model.qkv.out_features, model.proj.in_features) == (3, 72, 24)
         torch.testing.assert_close(model(inputs), held(inputs))
 
@@ -80,8 +80,8 @@ def test_attention_with_raw_parameters_is_refused_for_heads_and_works_for_the_ff
     block = nn.TransformerEncoderLayer(16, 2, dim_feedforward=32, batch_first=True)
     model, inputs = nn.Sequential(block, nn.Linear(16, 2)).eval(), torch.randn(2, 4, 16)
     with pytest.raises(EdgetuneError, match="one raw parameter"):
-        Prune(what={"heads"}).apply(model, Sample.of(inputs))
-    prune = Prune(ratio=0.5)
+        by_weight(what={"heads"}).apply(model, Sample.of(inputs))
+    prune = by_weight(ratio=0.5)
     prune.apply(model, Sample.of(inputs))
     assert prune.note(model) == "left as they are: 0.self_attn (queries, keys and values in one raw parameter)"
     assert model[0].linear1.out_features == model[0].linear2.in_features == 16
@@ -167,13 +167,13 @@ FOLLOWED: dict[str, tuple[str, dict[str, Any], str, str, tuple[int, int]]] = {
 def test_fused_and_transposed_linears_follow(case: str) -> None:
     kind, settings, what, layer, shape = FOLLOWED[case]
     model = transformer(kind, **settings)
-    check_pruned(model, {"input_ids": IDS}, Prune(what={what}, ratio=0.5, round_to=4))
+    check_pruned(model, {"input_ids": IDS}, by_weight(what={what}, ratio=0.5, round_to=4))
     assert tuple(model.get_submodule(layer).weight.shape) == shape
 
 
 def test_gate_and_up_in_one_layer_lose_the_same_units() -> None:
     model = transformer("Phi3ForCausalLM", **PHI3)
-    plan = check_pruned(model, {"input_ids": IDS}, Prune(what={"ffn"}, ratio=0.5))
+    plan = check_pruned(model, {"input_ids": IDS}, by_weight(what={"ffn"}, ratio=0.5))
     writer, reader = plan[0].group.members
     assert (writer.of_unit[5], reader.of_unit[5]) == ((5, 69), (5,))
     assert model.config.intermediate_size == 32
@@ -182,7 +182,7 @@ def test_gate_and_up_in_one_layer_lose_the_same_units() -> None:
 @pytest.mark.parametrize("projection", ["relu", "gated-gelu"])
 def test_t5s_heads_go_in_all_blocks_alike_and_so_does_its_ffn(projection: str) -> None:
     model = transformer("T5ForConditionalGeneration", feed_forward_proj=projection, **T5)
-    plan = check_pruned(model, {"input_ids": IDS, "decoder_input_ids": IDS}, Prune(ratio=0.5))
+    plan = check_pruned(model, {"input_ids": IDS, "decoder_input_ids": IDS}, by_weight(ratio=0.5))
     shared = [one.group for one in plan if len(one.group.attentions) == 2]
     assert [group.name.split(".")[-1] for group in shared] == ["SelfAttention", "SelfAttention", "EncDecAttention"]
     assert all(any("relative_attention_bias" in m.layer for m in group.members) for group in shared[:2])
@@ -194,7 +194,7 @@ def test_t5s_heads_go_in_all_blocks_alike_and_so_does_its_ffn(projection: str) -
 @pytest.mark.parametrize("kind", ["GPT2LMHeadModel", "Phi3ForCausalLM"])
 def test_what_was_cut_is_saved_and_loaded_by_transformers(kind: str, tmp_path: Path) -> None:
     model = transformer(kind, **(GPT2 if kind == "GPT2LMHeadModel" else PHI3))
-    Prune(what={"ffn"}, ratio=0.5).apply(model, Sample.of({"input_ids": IDS}))
+    by_weight(what={"ffn"}, ratio=0.5).apply(model, Sample.of({"input_ids": IDS}))
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path).eval()
     assert torch.equal(loaded(input_ids=IDS).logits, model(input_ids=IDS).logits)
@@ -202,7 +202,7 @@ def test_what_was_cut_is_saved_and_loaded_by_transformers(kind: str, tmp_path: P
 
 def test_a_pruned_gpt2_is_saved_and_loaded(tmp_path: Path) -> None:
     model = transformer("GPT2LMHeadModel", **GPT2)
-    Prune(ratio=0.5).apply(model, Sample.of({"input_ids": IDS}))
+    by_weight(ratio=0.5).apply(model, Sample.of({"input_ids": IDS}))
     et.save_pretrained(model, tmp_path)
     loaded = et.load_pretrained(tmp_path)
     assert (loaded.transformer.h[0].attn.num_heads, loaded.transformer.h[0].attn.split_size) == (2, 16)
@@ -227,7 +227,7 @@ class Upscaling(nn.Module):
 
 def test_transposed_convolutions_and_a_pixel_shuffle_follow() -> None:
     model = Upscaling().eval()
-    plan = check_pruned(model, torch.randn(2, 3, 4, 4), Prune(ratio=0.5, round_to=2))
+    plan = check_pruned(model, torch.randn(2, 3, 4, 4), by_weight(ratio=0.5, round_to=2))
     assert model.up.weight.shape == (8, 6, 4, 4)
     assert (model.up.in_channels, model.up.out_channels) == (8, 6)
     assert (model.spread.groups, model.spread.weight.shape) == (6, (6, 1, 2, 2))
@@ -259,7 +259,7 @@ class ReadDirectly(nn.Module):
 @pytest.mark.parametrize(("what", "layer"), [("heads", "0.qkv"), ("ffn", "0.fc1")])
 def test_a_weight_that_is_read_directly_follows(what: str, layer: str) -> None:
     model = nn.Sequential(ReadDirectly(what == "heads", what == "ffn"), ReadDirectly(False, False), nn.Linear(32, 3))
-    plan = check_pruned(model.eval(), torch.randn(2, 6, 32), Prune(what={what}, ratio=0.5))
+    plan = check_pruned(model.eval(), torch.randn(2, 6, 32), by_weight(what={what}, ratio=0.5))
     assert [one.group.name for one in plan] == (["0", "1"] if what == "heads" else ["0.fc1", "1.fc1"])
     assert model.get_submodule(layer).weight.shape == (48 if what == "heads" else 32, 32)
 
@@ -286,7 +286,7 @@ class Rearranged(nn.Module):
 
 def test_a_layer_that_cannot_be_followed_stays_and_is_named() -> None:
     torch.manual_seed(0)
-    model, prune = Rearranged("transpose").eval(), Prune(ratio=0.5)
+    model, prune = Rearranged("transpose").eval(), by_weight(ratio=0.5)
     prune.apply(model, Sample.of(torch.randn(2, 3, 4, 4)))
     assert (model.plain.out_channels, model.first.out_channels) == (8, 16)
     assert prune.note(model).startswith("left as they are: first (read by ")
@@ -298,7 +298,7 @@ def test_a_layer_that_cannot_be_followed_stays_and_is_named() -> None:
 
 def test_channels_follow_pixels_that_become_channels() -> None:
     model = Rearranged("unshuffle").eval()
-    check_pruned(model, torch.randn(2, 3, 4, 4), Prune(ratio=0.5))
+    check_pruned(model, torch.randn(2, 3, 4, 4), by_weight(ratio=0.5))
     assert (model.first.out_channels, model.last.in_channels) == (8, 32)
 
 
@@ -306,10 +306,10 @@ def test_experts_in_raw_parameters_are_named() -> None:
     settings = {**PHI3, "num_local_experts": 2, "num_experts_per_tok": 1}
     model = transformer("MixtralForCausalLM", **settings)
     with pytest.raises(EdgetuneError, match=r"layers\.1\.mlp\.experts \(experts whose weights are raw parameters"):
-        Prune(what={"ffn"}).apply(model, Sample.of({"input_ids": IDS}))
+        by_weight(what={"ffn"}).apply(model, Sample.of({"input_ids": IDS}))
 
 
 def test_code_that_counts_on_a_width_is_named() -> None:
     model = transformer("GPTBigCodeForCausalLM", **GPT2)
     with pytest.raises(EdgetuneError, match=r"transformer\.h\.0\.attn.*does not run.*split_sizes"):
-        Prune(what={"heads"}, ratio=0.5).apply(model, Sample.of({"input_ids": IDS}))
+        by_weight(what={"heads"}, ratio=0.5).apply(model, Sample.of({"input_ids": IDS}))

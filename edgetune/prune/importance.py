@@ -89,7 +89,7 @@ def observe_moments(model: nn.Module, groups: Sequence[Group], batches: Iterable
     mask: list[Tensor | None] = [None]
     with ExitStack() as hooks, preserve_state(model), torch.no_grad():
         for key, member in [((group.name, m.layer), m) for group in groups for m in group.along("in")]:
-            index = torch.tensor(member.of_unit)
+            index = torch.tensor(positions_read(model.get_submodule(member.layer), member))
 
             def look(layer: nn.Module, args: tuple[Tensor, ...], key: Key = key, index: Tensor = index) -> None:
                 rows = _rows(layer, args[0], mask[0])[:, index.to(args[0].device)]
@@ -97,14 +97,23 @@ def observe_moments(model: nn.Module, groups: Sequence[Group], batches: Iterable
                 moments[key] = moments[key].add(new) if key in moments else new
 
             hooks.enter_context(model.get_submodule(member.layer).register_forward_pre_hook(look))
+        count = 0
         for inputs in batches:
             mask[0] = token_mask(inputs)
             call(model, inputs)
-    if not moments:
+            count += 1
+    if not count:
         raise EdgetuneError(
             "there are no calibration batches for measuring activations", action="pass a Sample with batches"
         )
     return moments
+
+
+def positions_read(layer: nn.Module, member: Member) -> list[list[int]]:
+    """The positions of each unit in the inputs of a layer that reads them; its weight has those of one group alone."""
+    groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
+    wide = width_of(layer, "in")
+    return [[group * wide + p for group in range(groups) for p in unit] for unit in member.of_unit]
 
 
 def _rows(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -130,12 +139,40 @@ def activation_scores(model: nn.Module, group: Group, moments: Mapping[Key, Mome
     for member in group.along("in"):
         layer, seen = model.get_submodule(member.layer), moments[group.name, member.layer]
         weight = weight_of(layer).double()
-        weight = weight.movedim(1, -1).reshape(-1, weight.shape[1])[:, torch.tensor(member.of_unit)]
+        groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
         second = seen.second / seen.rows
         if can_fold_mean(layer):
             second = second - seen.mean[:, :, None] * seen.mean[:, None, :]
-        score += (torch.einsum("oud,oue->ude", weight, weight) * second).sum((1, 2)).cpu()
+        wide = len(member.of_unit[0])
+        for place, own in enumerate(weight.chunk(groups)):  # each group of a convolution reads its own channels
+            own = own.movedim(1, -1).reshape(-1, weight.shape[1])[:, torch.tensor(member.of_unit)]
+            span = slice(place * wide, place * wide + wide)
+            score += (torch.einsum("oud,oue->ude", own, own) * second[:, span, span]).sum((1, 2)).cpu()
     return score
+
+
+@torch.no_grad()
+def norm_scores(model: nn.Module, group: Group, moments: Mapping[Key, Moments], centred: bool) -> Tensor:
+    """Scores `(units,)`: of each input a unit is read from, the mean square times that of its weights, summed.
+
+    Wanda: Sun et al., 2023, arXiv:2306.11695, its square. `centred`: the variance instead, as in FLAP, An et al., 2023,
+    arXiv:2312.11983, equation 6.
+    """
+    score = torch.zeros(group.units, dtype=torch.float64)
+    for member in group.along("in"):
+        layer, seen = model.get_submodule(member.layer), moments[group.name, member.layer]
+        power = torch.diagonal(seen.second, dim1=1, dim2=2) / seen.rows
+        power = power - seen.mean.square() if centred else power
+        groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
+        weights = [own.double().movedim(1, 0).flatten(1).square().sum(1) for own in weight_of(layer).chunk(groups)]
+        read = torch.cat([own[torch.tensor(member.of_unit)] for own in weights], 1)
+        score += (power * read).sum(1).cpu()
+    return score
+
+
+def unseen(groups: Sequence[Group], moments: Mapping[Key, Moments]) -> set[str]:
+    """The groups that a layer reads without being called, so that nothing was measured there."""
+    return {g.name for g in groups for member in g.along("in") if (g.name, member.layer) not in moments}
 
 
 def input_means(model: nn.Module, groups: Sequence[Group], moments: Mapping[Key, Moments]) -> dict[str, Tensor]:

@@ -17,11 +17,21 @@ from edgetune.core.layers import matches, no_match_error
 from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.prune.attention import attention_names, display_name
 from edgetune.prune.cut import cut
+from edgetune.prune.gates import gate_scores
 from edgetune.prune.groups import Cut, Group, Grouping, Kind, find_groups
-from edgetune.prune.importance import activation_scores, input_means, magnitude_scores, observe_moments
+from edgetune.prune.importance import (
+    activation_scores,
+    input_means,
+    magnitude_scores,
+    norm_scores,
+    observe_moments,
+    unseen,
+)
 from edgetune.prune.structure import cut_next
 
 _GROUPING = "edgetune_grouping"  # the attribute of a model that says what could be cut, and what not
+Importance = Literal["activation", "magnitude", "taylor", "fisher", "wanda", "flap", "random"]
+_MEASURED = ("activation", "wanda", "flap")  # on batches
 _MOST_MISSED = 0.05  # of all units, that rounding up to one multiple may keep beyond what was asked
 
 
@@ -33,7 +43,8 @@ class Prune(Technique):
     channels is rounded to the nearest multiple of `round_to`, never to zero; heads are rounded to a whole number.
     Query heads that share a key-value head (GQA) are kept or removed together, so the number of heads stays a
     multiple of the key-value heads. The pruned model computes exactly what the model computes with the removed units
-    set to zero (with importance "activation" and a following linear layer with bias: to their mean); this is checked
+    set to zero (with importance "activation" or "flap", and a linear layer with bias that reads them: to their mean);
+    this is checked
     on the example inputs. Layers whose units cannot be cut stay as they are, and the run's history names them. The
     result is deterministic, given the weights and the sample.
     """
@@ -51,8 +62,14 @@ class Prune(Technique):
     round_to: int = Field(default=8, ge=1)
     """Remaining widths are multiples of this. If it is not set, they are also multiples of what later steps need,
     such as the group size of `int4`."""
-    importance: Literal["magnitude", "activation"] = "magnitude"
-    """How units are ranked: by their weights, or by their outputs on batches of training data."""
+    importance: Importance = "activation"
+    """How units are ranked, the least first to go. `activation`: by what dropping a unit changes in the layers that
+    read it, on batches of training data; `wanda` and `flap`: by its mean square or variance there times the weights
+    that read it; `taylor` and `fisher`: by the derivative of the training loss; `magnitude`: by weights alone;
+    `random`."""
+    ranking: Literal["layer", "isomorphic", "global"] = "layer"
+    """Which units are compared: those of one layer, of layers of the same shape, or of all, so that some layers lose
+    more than others. At least `round_to` units stay in each."""
     skip: tuple[str, ...] = ()
     """Patterns of layers that are not pruned."""
 
@@ -64,8 +81,10 @@ class Prune(Technique):
 
     @property
     def needs(self) -> Needs:
-        """Example inputs to follow the layers; batches to rank by activations."""
-        return "batches" if self.importance == "activation" else "inputs"
+        """Example inputs to follow the layers; batches or labels to rank by."""
+        if self.importance in ("taylor", "fisher"):
+            return "labels"
+        return "batches" if self.importance in _MEASURED else "inputs"
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Prune in place. Raises `EdgetuneError`, and leaves the model unchanged, if it cannot be pruned as
@@ -78,9 +97,7 @@ class Prune(Technique):
 
     def note(self, model: nn.Module) -> str:
         """The layers that were left as they are, and why."""
-        grouping = getattr(model, _GROUPING, None)
-        if grouping is None:
-            return ""
+        grouping = grouping_of(model)
         by_reason: dict[str, list[str]] = {}
         for name, reason in grouping.blocked.items():
             by_reason.setdefault(reason, []).append(display_name(name))
@@ -102,18 +119,50 @@ class Prune(Technique):
         kinds = self._kinds(model)
         grouping = find_groups(model, sample.inputs, kinds, self.skip, every=self.what is not None)
         groups = list(grouping.groups)
-        moments = observe_moments(model, groups, sample.batches()) if self.importance == "activation" else None
-        cuts = []
-        for group in groups:
-            count = self._units_to_keep(group)
-            if count == group.units:
-                continue
-            scores = magnitude_scores(model, group) if moments is None else activation_scores(model, group, moments)
-            cuts.append(_drop_lowest(group, scores, count))
+        scores, fill = self._scores(model, groups, sample)
+        counts = self._counts(groups, scores)
+        cuts = [_drop_lowest(g, scores[g.name], counts[g.name]) for g in groups if counts[g.name] < g.units]
         self._refuse_unchanged(kinds, groups, cuts)
         self._refuse_unreached(kinds, groups)
-        fill = {} if moments is None else input_means(model, groups, moments)
         return tuple(cuts), fill, grouping
+
+    def _scores(
+        self, model: nn.Module, groups: list[Group], sample: Sample
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The scores `(units,)` of each group, and the means that the biases of readers take over."""
+        if self.importance in ("taylor", "fisher"):
+            batches, loss = sample.labels()
+            return gate_scores(model, groups, batches(), loss, self.importance), {}  # type: ignore[arg-type]
+        if self.importance == "random":
+            return {group.name: torch.rand(group.units) for group in groups}, {}
+        if self.importance == "magnitude":
+            return {group.name: magnitude_scores(model, group) for group in groups}, {}
+        moments = observe_moments(model, groups, sample.batches())
+        silent = unseen(groups, moments)
+        scores = {g.name: magnitude_scores(model, g) for g in groups if g.name in silent}
+        for group in (g for g in groups if g.name not in silent):
+            if self.importance == "activation":
+                scores[group.name] = activation_scores(model, group, moments)
+            else:
+                scores[group.name] = norm_scores(model, group, moments, centred=self.importance == "flap")
+        if self.importance == "wanda":
+            return scores, {}
+        return scores, input_means(model, [g for g in groups if g.name not in silent], moments)
+
+    def _counts(self, groups: list[Group], scores: Mapping[str, Tensor]) -> dict[str, int]:
+        """How many units stay in each group."""
+        if self.ranking == "layer":
+            return {group.name: self._units_to_keep(group) for group in groups}
+        counts: dict[str, int] = {}
+        for together in _compared(groups, self.ranking):
+            ratio = self._ratio(together[0].kind)
+            pooled = torch.cat([scores[group.name].double().cpu() for group in together])
+            order = torch.argsort(pooled, descending=True, stable=True)
+            stays = torch.zeros(len(pooled), dtype=torch.bool)
+            stays[order[: round(len(pooled) * (1 - ratio))]] = True
+            for group, own in zip(together, stays.split([g.units for g in together]), strict=True):
+                counts[group.name] = self._rounded(group, float(own.sum()))
+        return counts
 
     def _check(self, model: nn.Module) -> None:
         wrapped = next((name for name, module in model.named_modules() if is_wrapped(module)), None)
@@ -149,9 +198,12 @@ class Prune(Technique):
         return self.round_to // math.gcd(self.round_to, per_unit)
 
     def _units_to_keep(self, group: Group) -> int:
+        """Units that stay where each group loses the same share."""
+        return self._rounded(group, group.units * (1 - self._ratio(group.kind)))
+
+    def _rounded(self, group: Group, wanted: float) -> int:
         """Units that stay, rounded to the nearest multiple (halves up) and at least one multiple."""
         step = self._multiple(group)
-        wanted = group.units * (1 - self._ratio(group.kind))
         return min(group.units, max(step, int(wanted / step + 0.5) * step))
 
     def _refuse_unchanged(self, kinds: frozenset[Kind], groups: list[Group], cuts: list[Cut]) -> None:
@@ -185,6 +237,21 @@ class Prune(Technique):
                     got=ratio,
                     action=f"use at most {reached:g}" + ("" if kind == "heads" else ", or lower round_to"),
                 )
+
+
+def _compared(groups: Sequence[Group], ranking: str) -> list[list[Group]]:
+    """The groups whose units are ranked together."""
+    sets: dict[tuple[object, ...], list[Group]] = {}
+    for group in groups:
+        shape = (group.units, *((m.axis, m.width) for m in group.members)) if ranking == "isomorphic" else ()
+        sets.setdefault((group.kind, *shape), []).append(group)
+    return list(sets.values())
+
+
+def grouping_of(model: nn.Module) -> Grouping:
+    """What the last `prune` of a model could cut, and what it left and why."""
+    grouping: Grouping = getattr(model, _GROUPING, Grouping((), {}, ()))
+    return grouping
 
 
 def _drop_lowest(group: Group, scores: Tensor, count: int) -> Cut:

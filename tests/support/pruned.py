@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+
+from edgetune.prune.structured import Prune
 
 TOKENS = torch.arange(12).reshape(2, 6)
 
@@ -37,6 +41,11 @@ def llama(heads: int = 6, kv_heads: int = 3) -> nn.Module:
         tie_word_embeddings=True,
     )
     return LlamaForCausalLM(config).eval()
+
+
+def by_weight(**settings: Any) -> Prune:
+    """Pruning that drops units to zero: by activations they go to their mean."""
+    return Prune(importance="magnitude", **settings)
 
 
 def mlp() -> nn.Sequential:
