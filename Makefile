@@ -15,7 +15,7 @@ export EDGETUNE_DATA ?= $(CURDIR)/$(VENV)/share
 BENCH := PYTHONPATH=tests $(BIN)/python benchmarks
 
 .PHONY: announce demo test test-latest lock test-slow test-arm64 bench bench-sparse bench-export bench-profile bench-real bench-quant \
-	bench-adapters bench-guard bench-students tables pages lint types docs site dist clean help
+	bench-adapters bench-guard bench-prune bench-students tables pages lint types docs site dist clean help
 
 help:           ## list the targets
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
@@ -80,6 +80,9 @@ bench-adapters: $(VENV)/.test  ## compare adapter families with LoRA and full fi
 
 bench-guard: $(VENV)/.test  ## train a guard on SmolLM2: AUROC, parameters added, tokens as before (half an hour)
 	$(BENCH)/bench_guard.py
+
+bench-prune: $(VENV)/.test  ## prune by each importance: quality before and after recovery, beside random and magnitude (hours)
+	$(BENCH)/bench_prune.py
 
 bench-students: $(VENV)/.test  ## distil a fine-tuned MiniLM into students of 4, 3 and 2 blocks: quality by what they learn from, size (hours)
 	$(BENCH)/bench_students.py

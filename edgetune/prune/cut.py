@@ -142,7 +142,7 @@ def _hold_dropped_inputs(model: nn.Module, cuts: Iterable[Cut], fill: dict[str, 
                 layer = model.get_submodule(place.layer)
                 _fold(layer, sorted(drop), fill.get(place.layer), changes)
                 kept = layer.weight.index_fill(axis_of(layer, "in"), _index(sorted(drop), layer.weight), 0.0)
-                changes.set(layer, "weight", _replacement(layer.weight, kept))
+                changes.set(layer, "weight", replacement(layer.weight, kept))
         yield
     finally:
         changes.undo()
@@ -152,7 +152,7 @@ def _fold(layer: Any, gone: list[int], fill: Tensor | None, changes: Changes) ->
     """Add to the bias what the layer reads of inputs that are always at the fill."""
     if fill is not None and isinstance(layer.bias, Tensor):
         read = weight_of(layer)[:, gone] @ fill[gone].to(layer.weight)
-        changes.set(layer, "bias", _replacement(layer.bias, layer.bias + read))
+        changes.set(layer, "bias", replacement(layer.bias, layer.bias + read))
 
 
 def _index(positions: Sequence[int], like: Tensor) -> Tensor:
@@ -239,7 +239,8 @@ def _follow_modules(model: nn.Module, one: Cut, changes: Changes) -> None:
                 changes.set(model.get_submodule(parent), name, len(one.keep))
 
 
-def _replacement(old: Tensor, new: Tensor) -> Tensor:
+def replacement(old: Tensor, new: Tensor) -> Tensor:
+    """A new tensor in the role of an old one, as a parameter that trains where that one did."""
     new = new.detach().clone()
     return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
@@ -249,12 +250,12 @@ def _slice(layer: nn.Module, axis: Side, keep: list[int], changes: Changes) -> N
     weight = getattr(layer, "weight", None)
     if weight is not None:
         kept = torch.tensor(keep, device=weight.device)
-        new = _replacement(weight, weight.index_select(axis_of(layer, axis), kept))
+        new = replacement(weight, weight.index_select(axis_of(layer, axis), kept))
         changes.set(layer, "weight", changes.shared.setdefault((id(weight), axis), new))
     for name in ("bias", "running_mean", "running_var") if axis == "out" else ():
         tensor = getattr(layer, name, None)
         if tensor is not None:
-            changes.set(layer, name, changes.shared.setdefault((id(tensor), axis), _replacement(tensor, tensor[keep])))
+            changes.set(layer, name, changes.shared.setdefault((id(tensor), axis), replacement(tensor, tensor[keep])))
     for name in _width_attributes(layer, axis):
         changes.set(layer, name, len(keep))
 
@@ -263,7 +264,7 @@ def _slice_raw(layer: Any, place: ParameterAxis, drop: set[int], changes: Change
     """Take positions out of a parameter that is no layer's weight, or out of a table."""
     whole = getattr(layer, place.parameter)
     stays = [position for position in range(whole.shape[place.dim]) if position not in drop]
-    changes.set(layer, place.parameter, _replacement(whole, whole.index_select(place.dim, _index(stays, whole))))
+    changes.set(layer, place.parameter, replacement(whole, whole.index_select(place.dim, _index(stays, whole))))
     if isinstance(layer, nn.Embedding):
         changes.set(layer, ("num_embeddings", "embedding_dim")[place.dim], len(stays))
 

@@ -92,7 +92,7 @@ def observe_moments(model: nn.Module, groups: Sequence[Group], batches: Iterable
             index = torch.tensor(positions_read(model.get_submodule(member.layer), member))
 
             def look(layer: nn.Module, args: tuple[Tensor, ...], key: Key = key, index: Tensor = index) -> None:
-                rows = _rows(layer, args[0], mask[0])[:, index.to(args[0].device)]
+                rows = rows_read(layer, args[0], mask[0])[:, index.to(args[0].device)]
                 new = Moments(len(rows), rows.double().sum(0), torch.einsum("nud,nue->ude", rows, rows).double())
                 moments[key] = moments[key].add(new) if key in moments else new
 
@@ -116,7 +116,8 @@ def positions_read(layer: nn.Module, member: Member) -> list[list[int]]:
     return [[group * wide + p for group in range(groups) for p in unit] for unit in member.of_unit]
 
 
-def _rows(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+def rows_read(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows `(n, in)` that a layer reads, without padded tokens."""
     if isinstance(layer, CONVOLUTIONS):
         return x.transpose(0, 1).flatten(1).t()
     if mask is not None and x.shape[:2] == mask.shape and x.dim() == 3:

@@ -27,11 +27,11 @@ from edgetune.prune.importance import (
     observe_moments,
     unseen,
 )
+from edgetune.prune.repair import corrections, refit
 from edgetune.prune.structure import cut_next
 
 _GROUPING = "edgetune_grouping"  # the attribute of a model that says what could be cut, and what not
 Importance = Literal["activation", "magnitude", "taylor", "fisher", "wanda", "flap", "random"]
-_MEASURED = ("activation", "wanda", "flap")  # on batches
 _MOST_MISSED = 0.05  # of all units, that rounding up to one multiple may keep beyond what was asked
 
 
@@ -67,6 +67,9 @@ class Prune(Technique):
     read it, on batches of training data; `wanda` and `flap`: by its mean square or variance there times the weights
     that read it; `taylor` and `fisher`: by the derivative of the training loss; `magnitude`: by weights alone;
     `random`."""
+    repair: bool = True
+    """Refit the layers that read what goes by least squares on the batches, before any training. Not for convolutions
+    larger than one pixel, nor for importance `magnitude` and `random`, which do without batches."""
     ranking: Literal["layer", "isomorphic", "global"] = "layer"
     """Which units are compared: those of one layer, of layers of the same shape, or of all, so that some layers lose
     more than others. At least `round_to` units stay in each."""
@@ -84,14 +87,22 @@ class Prune(Technique):
         """Example inputs to follow the layers; batches or labels to rank by."""
         if self.importance in ("taylor", "fisher"):
             return "labels"
-        return "batches" if self.importance in _MEASURED else "inputs"
+        return "batches" if self._measures else "inputs"
+
+    @property
+    def _measures(self) -> bool:
+        """Whether the batches are looked at."""
+        return self.importance not in ("magnitude", "random")
 
     def apply(self, model: nn.Module, sample: Sample | None = None) -> nn.Module:
         """Prune in place. Raises `EdgetuneError`, and leaves the model unchanged, if it cannot be pruned as
         requested."""
         sample = self.require_sample(sample)
         cuts, fill, grouping = self._decide(model, sample)
+        repairs = corrections(model, cuts, sample.batches()) if self.repair and self._measures else {}
         left = cut(model, cuts, sample.inputs, fill)
+        kept = {member.layer for one in cuts if one.group.name in left for member in one.group.members}
+        refit(model, {name: change for name, change in repairs.items() if name not in kept})
         setattr(model, _GROUPING, replace(grouping, blocked=grouping.blocked | left))
         return model
 
