@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -130,3 +132,15 @@ def test_a_convolution_of_one_pixel_is_refitted_and_padded_tokens_do_not_count()
     pruned = Prune(ratio=0.5, skip=("3",)).apply(copy.deepcopy(model), Sample.of(images))
     change = (pruned[1](pruned[0](images)) - expected).square().mean()
     assert change < 0.05 * expected.square().mean()
+
+
+def test_the_example_of_the_page_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "pruning.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (printed,) = re.findall(r"```text\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(example, "docs/pruning.md", "exec"), {})
+    assert capsys.readouterr().out == printed
+    assert (tmp_path / "smaller" / "edgetune.json").is_file()
