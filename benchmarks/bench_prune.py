@@ -2,10 +2,10 @@
 
     python benchmarks/bench_prune.py [--models "MiniLM,ViT-tiny"] [--methods "fisher 30 %;..."] [--seeds 3] [--keep]
 
-Each model of `quant_models.py` is trained once for each seed, and every method prunes a copy of it to about 30 and 50 %
-fewer multiply-accumulates. Quality is that on held-out rows, which chose nothing, beside the KL divergence and the share
-of changed predictions from the unpruned model. Recovery distils from the unpruned model; its learning rate is the best
-of `RATES` on validation rows, with the first seed, for each share alike.
+Each model of `quant_models.py` is trained once for each seed, and every method prunes a copy of it to about 30 and
+50 % fewer multiply-accumulates. Quality is that on held-out rows, which chose nothing, beside the KL divergence and the
+share of changed predictions from the unpruned model. Recovery distils from the unpruned model; its learning rate is the
+best of `RATES` on validation rows, with the first seed, for each share alike.
 Writes docs/bench-prune.md and .json after each row. Exit code 1 where something held to is missed.
 """
 
@@ -123,8 +123,8 @@ def summarize(rows: Sequence[Row]) -> tuple[list[Verdict], str]:
     lines = [
         "# `make bench-prune`: what to cut",
         "",
-        f"Made by `python benchmarks/bench_prune.py` on {machine['cpu']}, torch {machine['torch']}. Accuracy on held-out "
-        "rows that chose nothing, mean and range over the seeds; KL and changed: from the unpruned model. What reads a "
+        f"Made by `python benchmarks/bench_prune.py` on {machine['cpu']}, torch {machine['torch']}. Accuracy on "
+        "held-out rows that chose nothing, mean and range over the seeds; KL and changed: from the unpruned model. What reads a "
         "unit that goes is refitted by least squares, but for *means alone*, magnitude and random. MACs: over the "
         "unpruned model's. File: of the first seed's program.",
         "",

@@ -7,7 +7,7 @@ summands; so in the end each leaf is what can be cut by itself: channels, hidden
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -94,10 +94,9 @@ def unify(first: UnitAxis, second: UnitAxis) -> None:
         return
     try:
         if a.kind == b.kind == "product":
-            _align(a, b, _factors(a), _factors(b), factorize)
+            _align(_factors(a), _factors(b), factorize)
         else:
-            sums = [_summands(axis) if axis.kind == "sum" else [axis] for axis in (a, b)]
-            _align(a, b, *sums, cut_off)
+            _align(_summands(a), _summands(b), cut_off)
     except Misaligned:
         _block_both(a, b, "a rearrangement of its positions")
         return
@@ -124,14 +123,17 @@ def _summands(axis: UnitAxis) -> list[UnitAxis]:
     return [s for part in axis.parts for s in _summands(part)] if axis.kind == "sum" else [axis]
 
 
-def _align(a: UnitAxis, b: UnitAxis, left: list[UnitAxis], right: list[UnitAxis], divide: object) -> None:
+Divide = Callable[[UnitAxis, int], tuple[UnitAxis, UnitAxis]]
+
+
+def _align(left: list[UnitAxis], right: list[UnitAxis], divide: Divide) -> None:
     """Unify the parts of two axes from the first on, and divide the larger of two that differ."""
     left, right = left[::-1], right[::-1]
     while left and right:
         x, y = left.pop().root(), right.pop().root()
         if x.size != y.size:
             larger, rest = (x, left) if x.size > y.size else (y, right)
-            head, tail = divide(larger, min(x.size, y.size))  # type: ignore[operator]
+            head, tail = divide(larger, min(x.size, y.size))
             rest.append(tail)
             x, y = head, (y if larger is x else x)
         unify(x, y)

@@ -8,8 +8,8 @@ import torch
 from torch import fx
 
 from edgetune.capture.recorded import shape_of
-from edgetune.prune.axes import UnitAxis, concatenation, product, unify
-from edgetune.prune.axis_rules import rule, unknown
+from edgetune.prune.axes import Misaligned, UnitAxis, concatenation, product, unify
+from edgetune.prune.axis_rules import rule
 from edgetune.prune.walk import Axes, Walk, fixed
 
 
@@ -45,7 +45,7 @@ def interleaved(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Axes:
     """Each position several times in a row."""
     x, dim = walk.axes(given["self"]), given.get("dim")
     if not isinstance(given.get("repeats"), int) or dim is None:
-        return unknown(walk, node, given)
+        raise Misaligned
     result = list(x)
     result[dim] = product([x[dim], UnitAxis(given["repeats"])])
     return result

@@ -115,7 +115,7 @@ def einsum(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Axes:
     sources, arrow, target = equation.partition("->")
     operands = [walk.axes(value) for value in given["tensors"]]
     if "." in equation or not arrow:
-        return unknown(walk, node, given)
+        raise Misaligned
     letters: dict[str, UnitAxis] = {}
     for term, axes in zip(sources.split(","), operands, strict=True):
         for letter, axis in zip(term, axes, strict=True):
@@ -269,7 +269,7 @@ def reduced(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Any:
 def places(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Any:
     """What mixes places, and leaves the other dimensions alone."""
     x = walk.axes(next(value for value in given.values() if walk.is_tensor(value)))
-    value = node.meta.get("val")
+    value: Any = node.meta["val"]
     several = isinstance(value, (tuple, list))
     shape = (value[0] if several else value).shape
     axes = []
@@ -329,7 +329,7 @@ def index(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Axes:
 @rule("index_select", "gather", "take_along_dim")
 def chosen(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Axes:
     """Positions of one dimension by number."""
-    x, dim = walk.axes(given["self"]), given.get("dim")
+    x, dim = walk.axes(given["self"]), given["dim"]
     x[dim].block("the numbers that choose from it")
     shape = shape_of(node)
     return [

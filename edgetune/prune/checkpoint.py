@@ -71,14 +71,17 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
 def _read_history(folder: Path) -> list[Entry]:
     try:
         document = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        history: list[Entry] = document["cuts"] if document["format"] == _FORMAT else None
+        history, form = document["cuts"], document["format"]
     except OSError as error:
         raise EdgetuneError("there is no saved model", where=str(folder / FILE), action="et.save_pretrained") from error
     except (ValueError, KeyError, TypeError) as error:
         raise EdgetuneError("the file cannot be read", where=str(folder / FILE), action="save it again") from error
-    if not isinstance(history, list):
-        raise EdgetuneError("the file is of another version", where=str(folder / FILE), got=document["format"])
-    return history
+    if form != _FORMAT:
+        raise EdgetuneError(
+            "the file is of another version", where=str(folder / FILE), got=form, allowed=[str(_FORMAT)]
+        )
+    entries: list[Entry] = history
+    return entries
 
 
 def _from_transformers(folder: Path, history: list[Entry]) -> nn.Module:

@@ -139,7 +139,7 @@ def _hold_dropped_inputs(model: nn.Module, cuts: Iterable[Cut], fill: dict[str, 
     try:
         for place, drop in _dropped_positions(cuts).items():
             if place.axis == "in":
-                layer = model.get_submodule(place.layer)
+                layer: Any = model.get_submodule(place.layer)
                 _fold(layer, sorted(drop), fill.get(place.layer), changes)
                 kept = layer.weight.index_fill(axis_of(layer, "in"), _index(sorted(drop), layer.weight), 0.0)
                 changes.set(layer, "weight", replacement(layer.weight, kept))

@@ -21,7 +21,6 @@ from edgetune.prune.groups import Cut
 from edgetune.prune.importance import can_fold_mean, rows_read
 from edgetune.prune.layers import CONVOLUTIONS, axis_of, is_linear, weight_of, width_of
 
-SIDES: tuple[Literal["in"], Literal["out"]] = ("in", "out")
 _DAMPING = 1e-2  # of the mean variance of the inputs that stay
 
 
@@ -35,7 +34,7 @@ class Correction:
 
 def corrections(model: nn.Module, cuts: Sequence[Cut], batches: Iterable[Inputs]) -> dict[str, Correction]:
     """The corrections of every linear, and convolution of size 1, that reads what the cuts take, by name."""
-    read, written = (_positions(cuts, side) for side in SIDES)
+    read, written = _positions(cuts, "in"), _positions(cuts, "out")
     layers = [name for name in read if _can_refit(model.get_submodule(name))]
     moments = _observe(model, layers, batches)
     return {
@@ -90,10 +89,8 @@ def _correction(
     layer: nn.Module, read: set[int], written: set[int], rows: int, first: Tensor, second: Tensor
 ) -> Correction:
     gone = torch.tensor(sorted(read))
-    stays, outputs = (
-        torch.tensor([n for n in range(width_of(layer, side)) if n not in less])
-        for side, less in (("in", read), ("out", written))
-    )
+    stays = torch.tensor([n for n in range(width_of(layer, "in")) if n not in read])
+    outputs = torch.tensor([n for n in range(width_of(layer, "out")) if n not in written])
     mean, covariance = first / rows, second / rows
     centred = can_fold_mean(layer)
     if centred:

@@ -171,7 +171,7 @@ class Prune(Technique):
             order = torch.argsort(pooled, descending=True, stable=True)
             stays = torch.zeros(len(pooled), dtype=torch.bool)
             stays[order[: round(len(pooled) * (1 - ratio))]] = True
-            for group, own in zip(together, stays.split([g.units for g in together]), strict=True):
+            for group, own in zip(together, torch.split(stays, [g.units for g in together]), strict=True):
                 counts[group.name] = self._rounded(group, float(own.sum()))
         return counts
 
