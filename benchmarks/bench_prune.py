@@ -124,9 +124,9 @@ def summarize(rows: Sequence[Row]) -> tuple[list[Verdict], str]:
         "# `make bench-prune`: what to cut",
         "",
         f"Made by `python benchmarks/bench_prune.py` on {machine['cpu']}, torch {machine['torch']}. Accuracy on "
-        "held-out rows that chose nothing, mean and range over the seeds; KL and changed: from the unpruned model. What reads a "
-        "unit that goes is refitted by least squares, but for *means alone*, magnitude and random. MACs: over the "
-        "unpruned model's. File: of the first seed's program.",
+        "held-out rows that chose nothing, mean and range over the seeds; KL and changed: from the unpruned model. "
+        "What reads a unit that goes is refitted by least squares, but for *means alone*, magnitude and random. MACs: "
+        "over the unpruned model's. File: of the first seed's program.",
         "",
         *(f"- {'reached' if met else 'MISSED'}: {text}" for met, text in checks),
     ]

@@ -313,3 +313,25 @@ def test_code_that_counts_on_a_width_is_named() -> None:
     model = transformer("GPTBigCodeForCausalLM", **GPT2)
     with pytest.raises(EdgetuneError, match=r"transformer\.h\.0\.attn.*does not run.*split_sizes"):
         by_weight(what={"heads"}, ratio=0.5).apply(model, Sample.of({"input_ids": IDS}))
+
+
+GROUPED = {
+    "groups": [nn.Conv2d(4, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 64, 3, groups=8), nn.ReLU(), nn.Conv2d(64, 2, 1)],
+    "transposed": [nn.Conv2d(4, 32, 3), nn.ConvTranspose2d(32, 64, 2, groups=8), nn.ReLU(), nn.Conv2d(64, 2, 1)],
+    "multiplier": [nn.Conv2d(4, 16, 3), nn.Conv2d(16, 32, 3, groups=16), nn.ReLU(), nn.Conv2d(32, 2, 1)],
+    "one dimension": [nn.Conv1d(4, 32, 3), nn.Conv1d(32, 64, 3, groups=8), nn.ReLU(), nn.Conv1d(64, 2, 1)],
+}
+
+
+@pytest.mark.parametrize("kind", GROUPED)
+@pytest.mark.parametrize("importance", ["magnitude", "activation", "flap"])
+def test_convolutions_in_groups_follow(kind: str, importance: str) -> None:
+    model = copy.deepcopy(nn.Sequential(*GROUPED[kind])).eval()
+    x = torch.randn(2, 4, *[8] * (model[0].weight.dim() - 2))
+    if importance == "magnitude":
+        check_pruned(model, x, by_weight(ratio=0.5))
+    else:
+        Prune(ratio=0.5, importance=importance).apply(model, Sample.of(x))
+    grouped = next(layer for layer in model if getattr(layer, "groups", 1) > 1)
+    assert grouped.groups == (8 if kind == "multiplier" else 4)
+    assert model(x).shape[1] == 2

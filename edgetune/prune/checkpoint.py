@@ -77,9 +77,8 @@ def _read_history(folder: Path) -> list[Entry]:
     except (ValueError, KeyError, TypeError) as error:
         raise EdgetuneError("the file cannot be read", where=str(folder / FILE), action="save it again") from error
     if form != _FORMAT:
-        raise EdgetuneError(
-            "the file is of another version", where=str(folder / FILE), got=form, allowed=[str(_FORMAT)]
-        )
+        where, allowed = str(folder / FILE), [str(_FORMAT)]
+        raise EdgetuneError("the file is of another version", where=where, got=form, allowed=allowed)
     entries: list[Entry] = history
     return entries
 

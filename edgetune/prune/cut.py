@@ -24,6 +24,7 @@ from edgetune.prune.layers import (
     Side,
     axis_of,
     channel_dimension,
+    has_own_bias,
     is_depthwise,
     weight_of,
     width_of,
@@ -143,6 +144,11 @@ def _hold_dropped_inputs(model: nn.Module, cuts: Iterable[Cut], fill: dict[str, 
                 _fold(layer, sorted(drop), fill.get(place.layer), changes)
                 kept = layer.weight.index_fill(axis_of(layer, "in"), _index(sorted(drop), layer.weight), 0.0)
                 changes.set(layer, "weight", replacement(layer.weight, kept))
+            elif place.axis == "raw":  # the code may read it as well
+                owner = model.get_submodule(place.layer)
+                whole: Tensor = getattr(owner, place.parameter)
+                kept = whole.index_fill(place.dim, _index(sorted(drop), whole), 0.0)
+                changes.set(owner, place.parameter, replacement(whole, kept))
         yield
     finally:
         changes.undo()
@@ -252,7 +258,7 @@ def _slice(layer: nn.Module, axis: Side, keep: list[int], changes: Changes) -> N
         kept = torch.tensor(keep, device=weight.device)
         new = replacement(weight, weight.index_select(axis_of(layer, axis), kept))
         changes.set(layer, "weight", changes.shared.setdefault((id(weight), axis), new))
-    for name in ("bias", "running_mean", "running_var") if axis == "out" else ():
+    for name in ("bias", "running_mean", "running_var") if axis == "out" and not has_own_bias(layer) else ():
         tensor = getattr(layer, name, None)
         if tensor is not None:
             changes.set(layer, name, changes.shared.setdefault((id(tensor), axis), replacement(tensor, tensor[keep])))

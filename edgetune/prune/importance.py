@@ -14,7 +14,7 @@ from edgetune.core.inputs import Inputs, call, token_mask
 from edgetune.core.modes import preserve_state
 from edgetune.prune.attention import Attention
 from edgetune.prune.groups import Group, Member
-from edgetune.prune.layers import BATCH_NORMS, CONVOLUTIONS, is_linear, weight_of, width_of
+from edgetune.prune.layers import BATCH_NORMS, CONVOLUTIONS, TRANSPOSED, is_linear, weight_of, width_of
 
 
 @torch.no_grad()
@@ -111,9 +111,14 @@ def observe_moments(model: nn.Module, groups: Sequence[Group], batches: Iterable
 
 def positions_read(layer: nn.Module, member: Member) -> list[list[int]]:
     """The positions of each unit in the inputs of a layer that reads them; its weight has those of one group alone."""
-    groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
+    groups = groups_read(layer)
     wide = width_of(layer, "in")
     return [[group * wide + p for group in range(groups) for p in unit] for unit in member.of_unit]
+
+
+def groups_read(layer: nn.Module) -> int:
+    """Groups of inputs that a weight has in one column; a transposed convolution's has a column for each."""
+    return layer.groups if isinstance(layer, CONVOLUTIONS) and not isinstance(layer, TRANSPOSED) else 1
 
 
 def rows_read(layer: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -140,7 +145,7 @@ def activation_scores(model: nn.Module, group: Group, moments: Mapping[Key, Mome
     for member in group.along("in"):
         layer, seen = model.get_submodule(member.layer), moments[group.name, member.layer]
         weight = weight_of(layer).double()
-        groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
+        groups = groups_read(layer)
         second = seen.second / seen.rows
         if can_fold_mean(layer):
             second = second - seen.mean[:, :, None] * seen.mean[:, None, :]
@@ -164,7 +169,7 @@ def norm_scores(model: nn.Module, group: Group, moments: Mapping[Key, Moments], 
         layer, seen = model.get_submodule(member.layer), moments[group.name, member.layer]
         power = torch.diagonal(seen.second, dim1=1, dim2=2) / seen.rows
         power = power - seen.mean.square() if centred else power
-        groups = layer.groups if isinstance(layer, CONVOLUTIONS) else 1
+        groups = groups_read(layer)
         weights = [own.double().movedim(1, 0).flatten(1).square().sum(1) for own in weight_of(layer).chunk(groups)]
         read = torch.cat([own[torch.tensor(member.of_unit)] for own in weights], 1)
         score += (power * read).sum(1).cpu()

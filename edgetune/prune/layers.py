@@ -68,4 +68,9 @@ def follows_weight(layer: nn.Module, parameter: str) -> bool:
     """Whether a parameter or buffer is cut with the layer's weight, or with its statistics where it has no weight."""
     if isinstance(layer, BATCH_NORMS):
         return parameter != ("running_mean" if layer.weight is None else "weight")
-    return is_candidate(layer) and parameter == "bias"
+    return is_candidate(layer) and parameter == "bias" and not has_own_bias(layer)
+
+
+def has_own_bias(layer: nn.Module) -> bool:
+    """Whether no dimension of the weight has the width of the bias: a transposed convolution in groups."""
+    return isinstance(layer, TRANSPOSED) and layer.groups > 1 and not is_depthwise(layer)

@@ -131,6 +131,7 @@ class Prune(Technique):
         grouping = find_groups(model, sample.inputs, kinds, self.skip, every=self.what is not None)
         groups = list(grouping.groups)
         scores, fill = self._scores(model, groups, sample)
+        _refuse_infinite(scores)
         counts = self._counts(groups, scores)
         cuts = [_drop_lowest(g, scores[g.name], counts[g.name]) for g in groups if counts[g.name] < g.units]
         self._refuse_unchanged(kinds, groups, cuts)
@@ -248,6 +249,17 @@ class Prune(Technique):
                     got=ratio,
                     action=f"use at most {reached:g}" + ("" if kind == "heads" else ", or lower round_to"),
                 )
+
+
+def _refuse_infinite(scores: Mapping[str, Tensor]) -> None:
+    """Raise for units that cannot be ranked."""
+    for name, score in scores.items():
+        if not bool(torch.isfinite(score).all()):
+            raise EdgetuneError(
+                "the units cannot be ranked: a weight, or what the layer computes on the sample, is NaN or infinite",
+                where=display_name(name),
+                action="look at the weights and the sample, or leave the layer out: skip",
+            )
 
 
 def _compared(groups: Sequence[Group], ranking: str) -> list[list[Group]]:
