@@ -317,7 +317,6 @@ def test_code_that_counts_on_a_width_is_named() -> None:
 
 GROUPED = {
     "groups": [nn.Conv2d(4, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 64, 3, groups=8), nn.ReLU(), nn.Conv2d(64, 2, 1)],
-    "transposed": [nn.Conv2d(4, 32, 3), nn.ConvTranspose2d(32, 64, 2, groups=8), nn.ReLU(), nn.Conv2d(64, 2, 1)],
     "multiplier": [nn.Conv2d(4, 16, 3), nn.Conv2d(16, 32, 3, groups=16), nn.ReLU(), nn.Conv2d(32, 2, 1)],
     "one dimension": [nn.Conv1d(4, 32, 3), nn.Conv1d(32, 64, 3, groups=8), nn.ReLU(), nn.Conv1d(64, 2, 1)],
 }
@@ -335,3 +334,9 @@ def test_convolutions_in_groups_follow(kind: str, importance: str) -> None:
     grouped = next(layer for layer in model if getattr(layer, "groups", 1) > 1)
     assert grouped.groups == (8 if kind == "multiplier" else 4)
     assert model(x).shape[1] == 2
+
+
+def test_a_transposed_convolution_in_groups_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(4, 32, 3), nn.ConvTranspose2d(32, 64, 2, groups=8), nn.ReLU(), nn.Conv2d(64, 2, 1))
+    with pytest.raises(EdgetuneError, match=r"1 \(ConvTranspose2d with 8 groups\)"):
+        Prune(ratio=0.5).apply(model.eval(), Sample.of(torch.randn(2, 4, 8, 8)))

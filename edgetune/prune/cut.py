@@ -24,7 +24,6 @@ from edgetune.prune.layers import (
     Side,
     axis_of,
     channel_dimension,
-    has_own_bias,
     is_depthwise,
     weight_of,
     width_of,
@@ -258,7 +257,7 @@ def _slice(layer: nn.Module, axis: Side, keep: list[int], changes: Changes) -> N
         kept = torch.tensor(keep, device=weight.device)
         new = replacement(weight, weight.index_select(axis_of(layer, axis), kept))
         changes.set(layer, "weight", changes.shared.setdefault((id(weight), axis), new))
-    for name in ("bias", "running_mean", "running_var") if axis == "out" and not has_own_bias(layer) else ():
+    for name in ("bias", "running_mean", "running_var") if axis == "out" else ():
         tensor = getattr(layer, name, None)
         if tensor is not None:
             changes.set(layer, name, changes.shared.setdefault((id(tensor), axis), replacement(tensor, tensor[keep])))

@@ -61,6 +61,8 @@ def cannot_cut(layer: nn.Module) -> str:
     name = type(layer).__name__
     if is_parametrized(layer) or {n for n, _ in layer.named_parameters()} - {"weight", "bias"}:
         return f"{name} that computes its weight"
+    if isinstance(layer, TRANSPOSED) and layer.groups > 1 and not is_depthwise(layer):
+        return f"{name} with {layer.groups} groups"  # no dimension of its weight has all its outputs
     return "" if is_candidate(layer) or isinstance(layer, BATCH_NORMS) else name
 
 
@@ -68,9 +70,4 @@ def follows_weight(layer: nn.Module, parameter: str) -> bool:
     """Whether a parameter or buffer is cut with the layer's weight, or with its statistics where it has no weight."""
     if isinstance(layer, BATCH_NORMS):
         return parameter != ("running_mean" if layer.weight is None else "weight")
-    return is_candidate(layer) and parameter == "bias" and not has_own_bias(layer)
-
-
-def has_own_bias(layer: nn.Module) -> bool:
-    """Whether no dimension of the weight has the width of the bias: a transposed convolution in groups."""
-    return isinstance(layer, TRANSPOSED) and layer.groups > 1 and not is_depthwise(layer)
+    return is_candidate(layer) and parameter == "bias"
