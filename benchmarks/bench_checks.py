@@ -23,7 +23,7 @@ CHECKS = {  # what: (module, function), as the caller looks it up
     "weights read elsewhere": ("edgetune.lean.reads", "weights_read_elsewhere"),
     "layers that compute more than their class says": ("edgetune.core.plain", "how_computed"),
     "slices against whole layers": ("edgetune.sparse.update", "refuse_unfollowed"),
-    "pruned model against masked": ("edgetune.prune.cut", "_tried"),
+    "pruned model against masked": ("edgetune.prune.cut", "_try_cuts"),
     "kernels": ("edgetune.export.kernels", "check"),
     "checkpoints quantized elsewhere": ("edgetune.export.quantized_weights", "check"),
     "late steps rehearsed": ("edgetune.run.fold", "rehearse"),
