@@ -21,7 +21,7 @@ CHECKS = {  # what: (module, function), as the caller looks it up
     "program against model": ("edgetune.export.pipeline", "_prove"),
     "merged layers against unmerged": ("edgetune.core.merging", "merge_layer"),
     "weights read elsewhere": ("edgetune.lean.reads", "weights_read_elsewhere"),
-    "layers that compute more than their class says": ("edgetune.core.plain", "how_computed"),
+    "layers that compute more than their class says": ("edgetune.core.plain", "describe_computation"),
     "slices against whole layers": ("edgetune.sparse.update", "refuse_unfollowed"),
     "pruned model against masked": ("edgetune.prune.cut", "_try_cuts"),
     "kernels": ("edgetune.export.kernels", "check"),
