@@ -220,7 +220,7 @@ class Prune(Technique):
 
     def _refuse_unchanged(self, kinds: frozenset[Kind], groups: list[Group], cuts: list[Cut]) -> None:
         """Raise for a kind that was asked for, and of which rounding leaves everything; else if it leaves all."""
-        for kind in sorted(kinds):
+        for kind in sorted({group.kind for group in groups} & kinds):
             asked = self.what is not None or (kind == "heads" and self.head_ratio is not None)
             if not any(one.group.kind == kind or not asked for one in cuts):
                 widths = sorted({group.units for group in groups if group.kind == kind})
