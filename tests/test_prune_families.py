@@ -115,15 +115,16 @@ def write_row(request: pytest.FixtureRequest, name: str, ratio: float, row: str)
 
 def page(rows: dict[str, dict[str, str]]) -> str:
     """The page of the table."""
+    ordered = [(name, rows[name]) for name in PRUNED if name in rows]
     lines = [
         "# Families that prune",
         "",
         "Share of the parameters that stays at a ratio of 0.2 and of 0.5, of small models with random weights. Each was "
-        "equal to the model with the same units at zero, was saved and loaded, took a step of training, was exported, "
-        "and its program computed the same. Made by `pytest -m slow tests/test_prune_families.py --update`.",
+        "equal to the model with the same units at zero, saved and loaded, trained for a step, and exported, and its "
+        "program computed the same. Made by `pytest tests/test_prune_families.py --update`.",
         "",
         "| family | 0.2 | 0.5 |",
         "|---|---|---|",
-        *(f"| {n} | {rows[n].get('0.2', '')} | {rows[n].get('0.5', '')} |" for n in PRUNED if n in rows),
+        *(f"| {name} | {of.get('0.2', '')} | {of.get('0.5', '')} |" for name, of in ordered),
     ]
     return "\n".join(lines) + "\n"

@@ -11,21 +11,20 @@ from torch import nn
 
 from edgetune.core.errors import EdgetuneError
 from edgetune.core.registry import require
-from edgetune.prune.depth import Depth
-from edgetune.prune.structure import Entry, cut_as, history_of, set_history
+from edgetune.prune.depth import take_blocks
+from edgetune.prune.structure import Entry, config_before, cut_as, history_of, set_config_before, set_history
 
 FILE, WEIGHTS = "edgetune.json", "model.safetensors"
 _FORMAT = 1
 
 
-def replay(model: nn.Module, history: list[Entry], partly: bool = False) -> None:
+def replay(model: nn.Module, history: list[Entry]) -> None:
     """Make the cuts of a history in a model as it was before them."""
     for entry in history:
         if "blocks" in entry:
-            for name, positions in entry["blocks"].items():
-                Depth(blocks=tuple(positions), lists=(name,) if name else ()).rebuild(model, {})
+            take_blocks(model, entry["blocks"])
         else:
-            cut_as(model, entry, partly)
+            cut_as(model, entry)
     set_history(model, history)
 
 
@@ -42,7 +41,7 @@ def save_pretrained(model: nn.Module, folder: str | Path) -> None:
         model.save_pretrained(folder)  # type: ignore[operator]
     else:
         save_model(model, str(folder / WEIGHTS))
-    document = {"format": _FORMAT, "cuts": history_of(model)}
+    document = {"format": _FORMAT, "cuts": history_of(model), "config": config_before(model)}
     (folder / FILE).write_text(json.dumps(document, indent=1), encoding="utf-8")
 
 
@@ -53,9 +52,9 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
     transformers, whose folder has their config. Raises `EdgetuneError` if the tensors do not fit.
     """
     folder = Path(folder)
-    history = _read_history(folder)
+    history, config = _read(folder)
     if model is None:
-        return _from_transformers(folder, history).eval()
+        return _from_transformers(folder, history, config).eval()
     replay(model, history)
     try:
         load_model(model, str(folder / WEIGHTS))
@@ -68,10 +67,11 @@ def load_pretrained(folder: str | Path, model: nn.Module | None = None) -> nn.Mo
     return model.eval()
 
 
-def _read_history(folder: Path) -> list[Entry]:
+def _read(folder: Path) -> tuple[list[Entry], dict[str, Any] | None]:
+    """The cuts, and the config before them."""
     try:
         document = json.loads((folder / FILE).read_text(encoding="utf-8"))
-        history, form = document["cuts"], document["format"]
+        history, config, form = document["cuts"], document["config"], document["format"]
     except OSError as error:
         raise EdgetuneError("there is no saved model", where=str(folder / FILE), action="et.save_pretrained") from error
     except (ValueError, KeyError, TypeError) as error:
@@ -79,12 +79,11 @@ def _read_history(folder: Path) -> list[Entry]:
     if form != _FORMAT:
         where, allowed = str(folder / FILE), [str(_FORMAT)]
         raise EdgetuneError("the file is of another version", where=where, got=form, allowed=allowed)
-    entries: list[Entry] = history
-    return entries
+    return history, config
 
 
-def _from_transformers(folder: Path, history: list[Entry]) -> nn.Module:
-    """Build the class that the config names, cut as it is built, and load the checkpoint by its own means."""
+def _from_transformers(folder: Path, history: list[Entry], before: dict[str, Any] | None) -> nn.Module:
+    """Build the class that the config names from the config before the cuts, cut it as it is built, and load."""
     transformers = require("transformers", "load_pretrained")
     config = transformers.AutoConfig.from_pretrained(folder)
     named: Any = getattr(transformers, (getattr(config, "architectures", None) or [""])[0], None)
@@ -98,9 +97,13 @@ def _from_transformers(folder: Path, history: list[Entry]) -> nn.Module:
 
     def build(self: nn.Module, *args: Any, **settings: Any) -> None:
         named.__init__(self, *args, **settings)
-        replay(self, history, partly=True)
+        replay(self, history)
 
     cut = type(named.__name__, (named,), {"__init__": build, "__module__": named.__module__})
-    loaded: nn.Module = cut.from_pretrained(folder)  # type: ignore[attr-defined]
+    whole = config if before is None else type(config).from_dict(before)
+    loaded: Any = cut.from_pretrained(folder, config=whole)  # type: ignore[attr-defined]
     loaded.__class__ = named
-    return loaded
+    said = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    vars(loaded.config).update(said)  # what it can say of the cuts
+    set_config_before(loaded, before)
+    return loaded  # type: ignore[no-any-return]

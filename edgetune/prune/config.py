@@ -42,7 +42,7 @@ def follow_depth(model: nn.Module, kept: Kept, changes: Changes) -> None:
         if chosen is None and outermost:
             warnings.warn(
                 f"the config of {type(module).__name__} cannot say which blocks are left, so from_pretrained does not "
-                "load the shorter model; a finished run does",
+                "load the shorter model; et.save_pretrained and et.load_pretrained do, and a finished run",
                 stacklevel=2,
             )
         _write(configs, numbers if chosen is None else chosen, below, changes)

@@ -74,14 +74,10 @@ def _refuse(cuts: Sequence[Cut], failing: Mapping[str, str]) -> None:
         by_reason.setdefault(reason, []).append(name)
     listed = [f"{truncate_list(map(display_name, names), 4)}: {reason}" for reason, names in by_reason.items()]
     more = f"; and {len(listed) - 3} more reasons" if len(listed) > 3 else ""
-    kinds = {one.group.kind for one in cuts}
-    whole = {k for k in kinds if all(one.group.name in failing for one in cuts if one.group.kind == k)}
-    rest = sorted(kinds - whole)
-    layers = {one.group.name: [member.layer for member in one.group.members] for one in cuts}
-    skipped = [layer for name in failing for layer in ([name] if name else layers[name])]
     raise EdgetuneError(
         f"a cut width is read elsewhere, so these cannot be pruned: {'; '.join(listed[:3])}{more}",
-        action=f"prune what: {rest} only" if whole and rest else f"leave them out: skip: {skipped}",
+        got=sorted({one.group.kind for one in cuts}),
+        action="change what, or the layers that the code counts on",
     )
 
 
@@ -91,11 +87,13 @@ def _try_cuts(model: nn.Module, cuts: Sequence[Cut], inputs: Inputs, fill: dict[
     dropped = _dropped_positions(cuts)
     written = {place.layer: gone for place, gone in dropped.items() if place.axis == "out"}
     readers = {place.layer: written.get(place.layer, set()) for place in dropped if place.axis == "in"}
+    torch.manual_seed(0)  # for a model that draws numbers, the same in both calls
     with _hold_dropped_inputs(model, cuts, fill), _outputs_of(model, readers) as wanted:
         wanted[""] = _floats_in(call(model, inputs))
     try:
         _apply(model, cuts, fill, changes)
         follow_widths(model, cuts, changes)
+        torch.manual_seed(0)
         with _outputs_of(model, {name: set() for name in readers}) as got:
             got[""] = _floats_in(call(model, inputs))
     except Exception as error:  # whatever the model's own code raises
@@ -109,7 +107,7 @@ def _floats_in(output: Any) -> list[Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from pydantic import Field, model_validator
@@ -17,7 +17,7 @@ from edgetune.core.technique import Needs, Sample, Technique
 from edgetune.lean.stages import blocks_of
 from edgetune.prune.changes import Changes
 from edgetune.prune.config import follow_depth
-from edgetune.prune.structure import add_entry
+from edgetune.prune.structure import add_entry, remember_config
 
 _POSITIONS = ("layer_idx", "layer_id", "layer_index")  # of a block, as its own modules know it: the cache's entry
 Lists = dict[str, dict[str, nn.Module]]  # of blocks: their container's name -> its key and the block
@@ -68,21 +68,25 @@ class Depth(Technique):
         for name, blocks in lists.items():
             _refuse_own_tensors(name, blocks, kept[name])
         changes = Changes()
+        remember_config(model)
         with preserve_state(model):
             before = logits_of(call(model, inputs)).shape
             try:
                 _shorten(model, lists, kept, changes)
+                _follow(model, lists, kept, changes)
                 _check_runs(model, inputs, before)
             except EdgetuneError:
                 changes.undo()
                 raise
-        add_entry(model, {"blocks": {name: list(positions) for name, positions in kept.items()}})
+        add_entry(model, {"blocks": {n: {"of": list(lists[n]), "keep": list(kept[n])} for n in lists}})
         return model
 
     def rebuild(self, model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         """The same blocks of a model as it came."""
         lists = self._lists(model)
-        _shorten(model, lists, {name: self._kept(name, len(blocks)) for name, blocks in lists.items()}, Changes())
+        kept = {name: self._kept(name, len(blocks)) for name, blocks in lists.items()}
+        _shorten(model, lists, kept, Changes())
+        _follow(model, lists, kept, Changes())
         return model
 
     def _lists(self, model: nn.Module) -> Lists:
@@ -161,6 +165,17 @@ def _shorten(model: nn.Module, lists: Lists, kept: Mapping[str, tuple[int, ...]]
         changes.set(container, "_modules", children)
         for new, old in enumerate(kept[name]):
             _move(list(blocks.values())[old], old, new, changes)
+
+
+def take_blocks(model: nn.Module, lists: Mapping[str, Mapping[str, list[Any]]]) -> None:
+    """Shorten the lists as the history of a model says; its configs stay."""
+    blocks = {
+        n: {key: model.get_submodule(f"{n}.{key}".lstrip(".")) for key in each["of"]} for n, each in lists.items()
+    }
+    _shorten(model, blocks, {name: tuple(each["keep"]) for name, each in lists.items()}, Changes())
+
+
+def _follow(model: nn.Module, lists: Lists, kept: Mapping[str, tuple[int, ...]], changes: Changes) -> None:
     follow_depth(model, {name: (len(blocks), kept[name]) for name, blocks in lists.items()}, changes)
 
 

@@ -37,7 +37,10 @@ def _run(walk: Walk, node: fx.Node) -> Any:
         return None
     if node.target is operator.getitem:
         whole, place = node.args
-        return walk.values[whole][place]  # type: ignore[index]
+        try:
+            return walk.values[whole][place]  # type: ignore[index]
+        except (IndexError, TypeError):  # of an operator that no rule knows
+            return walk.fixed_like(node.meta.get("val"), "an operator of several results")
     value = node.meta.get("val")
     if not isinstance(value, (Tensor, tuple, list)):
         return None

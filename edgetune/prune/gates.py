@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from edgetune.core.errors import EdgetuneError
-from edgetune.core.inputs import Inputs, call, logits_of, tensors_of
+from edgetune.core.inputs import Inputs, call, logits_of, rows_of, tensors_of
 from edgetune.core.modes import preserve_state, preserve_trainability
 from edgetune.prune.groups import Group, Member
 from edgetune.prune.importance import positions_read
@@ -36,6 +37,8 @@ def gate_scores(
     with preserve_state(model), preserve_trainability(model), torch.enable_grad():
         model.requires_grad_(False)
         for inputs, labels in batches:
+            if not rows:
+                _refuse_other_layouts(model, groups, inputs)
             count = len(tensors_of(inputs)[0])
             gates = {group.name: torch.ones(count, group.units, requires_grad=True) for group in groups}
             with ExitStack() as hooks:
@@ -55,6 +58,27 @@ def gate_scores(
         message = "there are no labelled batches for derivatives of the loss"
         raise EdgetuneError(message, action="pass a Sample with labelled batches")
     return {name: total / rows for name, total in sums.items()}
+
+
+def _refuse_other_layouts(model: nn.Module, groups: Sequence[Group], inputs: Inputs) -> None:
+    """Raise for a layer whose inputs do not begin with the rows of the batch."""
+    lengths: dict[str, list[int]] = {member.layer: [] for group in groups for member in group.along("in")}
+    for count in (1, 2):
+        with ExitStack() as hooks, torch.no_grad():
+            for name, seen in lengths.items():
+                hook = partial(_note_length, seen)
+                hooks.enter_context(model.get_submodule(name).register_forward_pre_hook(hook))
+            call(model, rows_of(inputs, 0, count))
+    for name, (*ones, last) in ((name, seen) for name, seen in lengths.items() if seen):
+        if len(tensors_of(inputs)[0]) > 1 and last != 2 * ones[0]:
+            raise EdgetuneError(
+                f"the inputs of {name} do not begin with the rows of a batch, so the loss of each cannot be told apart",
+                action="importance: activation",
+            )
+
+
+def _note_length(seen: list[int], _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    seen.append(len(args[0]))
 
 
 def _gate(layer: nn.Module, member: Member, gate: Tensor) -> Callable[..., Any]:

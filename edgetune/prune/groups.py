@@ -165,7 +165,15 @@ class _Finder:
                     groups += [group] if group is not None else []
             if grouped:
                 self.left_out.pop(name, None)
+        self.leave_attentions(groups)
         return groups
+
+    def leave_attentions(self, groups: Sequence[Group]) -> None:
+        """Leave out attentions of which no heads were found."""
+        seen = {each.name for group in groups for each in group.attentions} | self.blocked.keys()
+        for name in dict.fromkeys([*attention_names(self.model), *(each.removesuffix(".") for each in self.inner)]):
+            if not any(each == name or each.startswith(f"{name}.") or not name for each in seen):
+                self.leave(name, "heads", "its heads cannot be followed")
 
     def is_inner(self, leaf: UnitAxis, leaves: Sequence[UnitAxis]) -> bool:
         """Whether it is the width of a head, or counts the queries that share keys and values."""

@@ -92,7 +92,7 @@ def observe_moments(model: nn.Module, groups: Sequence[Group], batches: Iterable
             index = torch.tensor(positions_read(model.get_submodule(member.layer), member))
 
             def look(layer: nn.Module, args: tuple[Tensor, ...], key: Key = key, index: Tensor = index) -> None:
-                rows = rows_read(layer, args[0], mask[0])[:, index.to(args[0].device)]
+                rows = rows_read(layer, args[0], mask[0])[:, index.to(args[0].device)].float()
                 new = Moments(len(rows), rows.double().sum(0), torch.einsum("nud,nue->ude", rows, rows).double())
                 moments[key] = moments[key].add(new) if key in moments else new
 
@@ -177,8 +177,9 @@ def norm_scores(model: nn.Module, group: Group, moments: Mapping[Key, Moments], 
 
 
 def unseen(groups: Sequence[Group], moments: Mapping[Key, Moments]) -> set[str]:
-    """The groups that a layer reads without being called, so that nothing was measured there."""
-    return {g.name for g in groups for member in g.along("in") if (g.name, member.layer) not in moments}
+    """The groups that a layer reads without being called, or without rows, so that nothing was measured there."""
+    measured = {key for key, seen in moments.items() if seen.rows}
+    return {g.name for g in groups for member in g.along("in") if (g.name, member.layer) not in measured}
 
 
 def input_means(model: nn.Module, groups: Sequence[Group], moments: Mapping[Key, Moments]) -> dict[str, Tensor]:

@@ -40,6 +40,7 @@ def corrections(model: nn.Module, cuts: Sequence[Cut], batches: Iterable[Inputs]
     return {
         name: _correction(model.get_submodule(name), read[name], written.get(name, set()), *moments[name])
         for name in moments
+        if moments[name][0]
     }
 
 
@@ -70,7 +71,7 @@ def _observe(
             zero = torch.zeros((), dtype=torch.float64)
 
             def look(layer: nn.Module, args: tuple[Tensor, ...], name: str = name, zero: Tensor = zero) -> None:
-                rows = rows_read(layer, args[0], mask[0])
+                rows = rows_read(layer, args[0], mask[0]).float()
                 count, first, second = moments.get(name, (0, zero, zero))
                 moments[name] = (
                     count + len(rows),
@@ -107,6 +108,8 @@ def refit(model: nn.Module, changes: Mapping[str, Correction]) -> None:
     """Add the corrections to the layers after the cut."""
     for name, change in changes.items():
         layer = model.get_submodule(name)
+        if not bool(torch.isfinite(change.weight).all()):
+            continue  # of activations without bounds, which importance has refused where it measured them
         weight = change.weight.T if axis_of(layer, "in") == 0 else change.weight
         layer.weight = replacement(layer.weight, layer.weight + weight.reshape(layer.weight.shape).to(layer.weight))  # type: ignore[assignment, arg-type, operator, union-attr]
         if change.bias is not None:

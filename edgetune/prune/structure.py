@@ -1,11 +1,12 @@
 """What cuts left of a model's structure, as plain values: a checkpoint is loaded into the same structure again.
 
 The history stands on the model itself, one entry for each cut: `{"layers": {name: {attribute: number or shape}}}`, or
-`{"blocks": {list: positions that stay}}`. Names are those at that time.
+`{"blocks": {list: {"of": its keys, "keep": positions}}}`. Names are those at that time.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,7 @@ from edgetune.core.errors import EdgetuneError
 from edgetune.prune.changes import Changes
 
 _HISTORY = "edgetune_cuts"  # the attribute of a model with its history
+_CONFIG = "edgetune_config_before_cuts"
 _PENDING = "edgetune_pending_cuts"  # those of a stored model that is being rebuilt
 
 Entry = dict[str, dict[str, Any]]
@@ -25,6 +27,24 @@ def history_of(model: nn.Module) -> list[Entry]:
     """The cuts that a model has seen, oldest first."""
     history: list[Entry] = getattr(model, _HISTORY, [])
     return history
+
+
+def remember_config(model: nn.Module) -> None:
+    """Keep the config of a model of transformers as it is before the first cut."""
+    config: Any = getattr(model, "config", None)
+    if not history_of(model) and callable(getattr(config, "to_json_string", None)):
+        setattr(model, _CONFIG, json.loads(config.to_json_string(use_diff=False)))
+
+
+def config_before(model: nn.Module) -> dict[str, Any] | None:
+    """The config of a model of transformers before the first cut."""
+    config: dict[str, Any] | None = getattr(model, _CONFIG, None)
+    return config
+
+
+def set_config_before(model: nn.Module, config: dict[str, Any] | None) -> None:
+    """Give a model the config that it was cut from."""
+    setattr(model, _CONFIG, config)
 
 
 def set_history(model: nn.Module, history: Iterable[Entry]) -> None:
@@ -48,11 +68,10 @@ def layers_entry(model: nn.Module, changes: Changes) -> Entry:
     return {"layers": layers}
 
 
-def cut_as(model: nn.Module, entry: Entry, partly: bool = False) -> None:
+def cut_as(model: nn.Module, entry: Entry) -> None:
     """Give the layers of an uncut model the shapes and numbers of an entry. Values are lost, where shapes differ.
 
-    Raises `EdgetuneError` for a layer that the model lacks, or that is smaller already; `partly`: a config may have
-    said some of the cuts, which leaves such a layer as it is.
+    Raises `EdgetuneError` for a layer that the model lacks, or that is smaller already.
     """
     shared: dict[int, tuple[Tensor, Tensor]] = {}  # a tensor, and what it became for all layers that have it
     for name, values in entry["layers"].items():
@@ -67,8 +86,6 @@ def cut_as(model: nn.Module, entry: Entry, partly: bool = False) -> None:
                 setattr(module, attribute, value)
             elif list(old.shape) != value:
                 if old.dim() != len(value) or any(a < b for a, b in zip(old.shape, value, strict=True)):
-                    if partly:
-                        continue
                     raise _misfit(name, f"{attribute} {tuple(old.shape)} -> {tuple(value)}")
                 new = torch.empty(value, dtype=old.dtype, device=old.device)
                 if isinstance(old, nn.Parameter):

@@ -28,7 +28,7 @@ from edgetune.prune.importance import (
     unseen,
 )
 from edgetune.prune.repair import corrections, refit
-from edgetune.prune.structure import cut_next
+from edgetune.prune.structure import cut_next, remember_config
 
 _GROUPING = "edgetune_grouping"  # the attribute of a model that says what could be cut, and what not
 Importance = Literal["activation", "magnitude", "taylor", "fisher", "wanda", "flap", "random"]
@@ -98,6 +98,7 @@ class Prune(Technique):
         """Prune in place. Raises `EdgetuneError`, and leaves the model unchanged, if it cannot be pruned as
         requested."""
         sample = self.require_sample(sample)
+        remember_config(model)
         cuts, fill, grouping = self._decide(model, sample)
         repairs = corrections(model, cuts, sample.batches()) if self.repair and self._measures else {}
         left = cut(model, cuts, sample.inputs, fill)
