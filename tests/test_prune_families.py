@@ -120,7 +120,7 @@ def page(rows: dict[str, dict[str, str]]) -> str:
         "# Families that prune",
         "",
         "Share of the parameters that stays at a ratio of 0.2 and of 0.5, of small models with random weights. Each "
-        "was equal to the model with the same units at zero, saved and loaded, trained for a step, and exported, and its "
+        "was equal to the model with the same units at zero, saved and loaded, trained for a step, and exported; its "
         "program computed the same. Made by `pytest tests/test_prune_families.py --update`.",
         "",
         "| family | 0.2 | 0.5 |",
