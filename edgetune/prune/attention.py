@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from edgetune.core.errors import EdgetuneError
-from edgetune.prune.layers import is_linear, width_of
+from edgetune.prune.layers import is_linear
 
 # Names of the three projections, as transformers, timm and diffusers have them.
 SEPARATE = (
@@ -20,7 +19,6 @@ SEPARATE = (
 )
 FUSED = ("qkv", "qkv_proj", "c_attn", "query_key_value", "Wqkv")
 HEAD_COUNTS = ("num_attention_heads", "num_heads", "n_heads", "heads", "n_head")
-HEAD_SIZES = ("attention_head_size", "head_dim", "dim_per_head", "attn_head_size", "head_size", "key_value_proj_dim")
 
 Units = tuple[tuple[int, ...], ...]  # positions on an axis, by unit
 
@@ -91,24 +89,3 @@ def block_of(model: nn.Module, name: str) -> str:
         if parts[end - 1].isdigit() and isinstance(model.get_submodule(parent), (nn.ModuleList, nn.Sequential)):
             return ".".join(parts[:end])
     return ".".join(parts[:-1])
-
-
-def find_head_size(model: nn.Module, name: str) -> int:
-    """Channels of one head of the attention called `name`, from its own attributes."""
-    module = model.get_submodule(name)
-    for attribute in HEAD_SIZES:
-        size = getattr(module, attribute, None)
-        if isinstance(size, int) and size > 0:
-            return size
-    query, key, _ = find_projections(module) or ("", "", "")
-    wide = width_of(model.get_submodule(f"{name}.{query}".lstrip(".")), "out") // (3 if query == key else 1)
-    for attribute in HEAD_COUNTS:
-        heads = getattr(module, attribute, None)
-        if isinstance(heads, int) and heads > 0:
-            return wide // heads
-    raise EdgetuneError(
-        f"the attention {display_name(name)} does not say how many heads it has",
-        got=type(module).__name__,
-        allowed=(*HEAD_COUNTS, *HEAD_SIZES),
-        action=f"set one of them, as in {type(module).__name__}.{HEAD_COUNTS[1]} = 8",
-    )

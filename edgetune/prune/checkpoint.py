@@ -103,7 +103,7 @@ def _from_transformers(folder: Path, history: list[Entry], before: dict[str, Any
     whole = config if before is None else type(config).from_dict(before)
     loaded: Any = cut.from_pretrained(folder, config=whole)  # type: ignore[attr-defined]
     loaded.__class__ = named
-    said = {name: value for name, value in vars(config).items() if not name.startswith("_")}
-    vars(loaded.config).update(said)  # what it can say of the cuts
+    public = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    vars(loaded.config).update(public)  # what it can say of the cuts
     set_config_before(loaded, before)
     return loaded  # type: ignore[no-any-return]

@@ -77,7 +77,7 @@ def _refuse(cuts: Sequence[Cut], failing: Mapping[str, str]) -> None:
     raise EdgetuneError(
         f"a cut width is read elsewhere, so these cannot be pruned: {'; '.join(listed[:3])}{more}",
         got=sorted({one.group.kind for one in cuts}),
-        action="change what, or the layers that the code counts on",
+        action="let the code take its widths from tensors and attributes, or change what",
     )
 
 
@@ -107,7 +107,7 @@ def _floats_in(output: Any) -> list[Tensor]:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".rstrip(": ").split())
+    return " ".join(str(error).split()) or "a check of its own fails"
 
 
 @contextmanager
