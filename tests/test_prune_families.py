@@ -82,8 +82,8 @@ def test_a_family(name: str, ratio: float, tmp_path: Path, request: pytest.Fixtu
 def save_and_load(model: nn.Module, before: nn.Module, folder: Path, by_config: bool) -> nn.Module:
     """The model from a folder: by its class alone where transformers has it, else into the network as it was."""
     et.save_pretrained(model, folder / "saved")
-    known = by_config and hasattr(model, "save_pretrained")
-    return et.load_pretrained(folder / "saved", None if known else copy.deepcopy(before))
+    by_class = by_config and hasattr(model, "save_pretrained")
+    return et.load_pretrained(folder / "saved", None if by_class else copy.deepcopy(before))
 
 
 def trained(model: nn.Module, inputs: object) -> None:

@@ -153,7 +153,8 @@ def factorize(axis: UnitAxis, outer: int) -> tuple[UnitAxis, UnitAxis]:
         axis.split("product", (UnitAxis(outer), UnitAxis(inner)))
         return axis.parts[0], axis.parts[1]
     if axis.kind == "product":
-        return _factorize_product(axis, outer)
+        rest = _factors(axis)
+        return _take(rest, outer), product(rest)
     parts = _summands(axis)
     if any(part.size % inner for part in parts):
         raise Misaligned
@@ -163,20 +164,24 @@ def factorize(axis: UnitAxis, outer: int) -> tuple[UnitAxis, UnitAxis]:
     return concatenation(first for first, _ in pairs), pairs[0][1]
 
 
-def _factorize_product(axis: UnitAxis, outer: int) -> tuple[UnitAxis, UnitAxis]:
-    taken: list[UnitAxis] = []
-    rest = _factors(axis)
-    while outer > 1:
-        factor = rest.pop(0)
-        if outer % factor.size:
-            head, tail = factorize(factor, math.gcd(outer, factor.size))
-            if head.size == 1:
+def _take(waiting: list[UnitAxis], size: int) -> UnitAxis:
+    """Take factors of this size together off the front of a list, the last of them in part. Raises `Misaligned`."""
+    taken = list[UnitAxis]()
+    while size > 1:
+        if not waiting:
+            raise Misaligned
+        factor = waiting.pop(0).root()
+        if factor.kind == "product":
+            waiting[:0] = _factors(factor)
+            continue
+        if size % factor.size:
+            factor, tail = factorize(factor, math.gcd(size, factor.size))
+            if factor.size == 1:
                 raise Misaligned
-            rest.insert(0, tail)
-            factor = head
+            waiting.insert(0, tail)
         taken.append(factor)
-        outer //= factor.size
-    return product(taken), product(rest)
+        size //= factor.size
+    return product(taken)
 
 
 def cut_off(axis: UnitAxis, count: int) -> tuple[UnitAxis, UnitAxis]:
@@ -215,26 +220,7 @@ def section(axis: UnitAxis, start: int, stop: int) -> UnitAxis:
 def regroup(axes: Sequence[UnitAxis], sizes: Sequence[int]) -> list[UnitAxis]:
     """The axes of a view with these sizes; axes of size 1 carry nothing. Raises `Misaligned`."""
     waiting = [factor for axis in axes for factor in _factors(axis) if factor.size != 1]
-    result = []
-    for size in sizes:
-        taken, missing = list[UnitAxis](), size
-        while missing > 1:
-            factor = waiting.pop(0).root() if waiting else None
-            if factor is None:
-                raise Misaligned
-            if factor.kind == "product":
-                waiting[:0] = _factors(factor)
-                continue
-            if missing % factor.size:
-                head, tail = factorize(factor, math.gcd(missing, factor.size))
-                if head.size == 1:
-                    raise Misaligned
-                waiting.insert(0, tail)
-                factor = head
-            taken.append(factor)
-            missing //= factor.size
-        result.append(product(taken))
-    return result
+    return [_take(waiting, size) for size in sizes]
 
 
 def units_of(axis: UnitAxis, leaf: UnitAxis) -> Tensor:

@@ -19,13 +19,13 @@ from edgetune.prune.walk import Axes, Walk, fixed
 )  # fmt: skip
 def view(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Axes:
     """The same positions in other dimensions."""
-    return walk.try_regroup(walk.axes(next(v for v in given.values() if walk.is_tensor(v))), shape_of(node))
+    return walk.try_regroup(walk.first(given), shape_of(node))
 
 
 @rule("permute", "transpose", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "mT", "numpy_T", "adjoint")
 def turned(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Axes:
     """The dimensions in another order: that in which the operator puts the strides of a tensor."""
-    x = walk.axes(next(value for value in given.values() if walk.is_tensor(value)))
+    x = walk.first(given)
     numbered = torch.empty([n + 2 for n in range(len(x))], device="meta")  # each size stands for its dimension
     others = {name: value for name, value in given.items() if not walk.is_tensor(value)}
     result = node.target(numbered, *others.values())  # type: ignore[operator]
@@ -35,7 +35,7 @@ def turned(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Axes:
 @rule("repeat", "tile")
 def repeated(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Axes:
     """The whole tensor, several times in each dimension."""
-    x, shape = walk.axes(next(value for value in given.values() if walk.is_tensor(value))), shape_of(node)
+    x, shape = walk.first(given), shape_of(node)
     x = [*[UnitAxis(1)] * (len(shape) - len(x)), *x]
     return [product([UnitAxis(size // max(axis.size, 1)), axis]) for axis, size in zip(x, shape, strict=True)]
 

@@ -218,7 +218,7 @@ def norm_over(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Axes:
 )
 def along(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Any:
     """What mixes the positions of some dimensions, and keeps every size."""
-    x = walk.axes(next(value for value in given.values() if walk.is_tensor(value)))
+    x = walk.first(given)
     dims = given.get("dim", given.get("dims", -1))
     for dim in dims if isinstance(dims, (list, tuple)) else [dims]:
         x[dim].block(operator_name(node))
@@ -228,7 +228,7 @@ def along(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Any:
 @rule("roll", "tril", "triu")
 def shifted(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Axes:
     """What moves positions, or reads where they are."""
-    x = walk.axes(next(value for value in given.values() if walk.is_tensor(value)))
+    x = walk.first(given)
     dims = given.get("dims") or range(len(x))
     for dim in dims if operator_name(node) == "roll" else (-2, -1):
         x[dim].block(operator_name(node))
@@ -268,7 +268,7 @@ def reduced(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Any:
 )  # fmt: skip
 def places(walk: Walk, node: fx.Node, given: dict[str, Any]) -> Any:
     """What mixes places, and leaves the other dimensions alone."""
-    x = walk.axes(next(value for value in given.values() if walk.is_tensor(value)))
+    x = walk.first(given)
     value: Any = node.meta["val"]
     several = isinstance(value, (tuple, list))
     shape = (value[0] if several else value).shape

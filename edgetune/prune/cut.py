@@ -33,6 +33,18 @@ from edgetune.prune.structure import add_entry, layers_entry
 ALL_HEADS = ("all_head_size", "attn_dim", "inner_dim", "split_size")  # heads x head size, as attention modules call it
 
 
+class ParameterAxis(NamedTuple):
+    """A parameter of a layer along one dimension; of the layer's weight the axis says which."""
+
+    layer: str
+    axis: Side
+    parameter: str
+    dim: int
+
+
+Dropped = dict[ParameterAxis, set[int]]  # the positions that go, by where they are
+
+
 @torch.no_grad()
 def cut(model: nn.Module, cuts: Sequence[Cut], inputs: Inputs, fill: dict[str, Tensor] | None = None) -> dict[str, str]:
     """Cut the units out in place, and check that the result equals the old model with those units at zero.
@@ -84,14 +96,16 @@ def _refuse(cuts: Sequence[Cut], failing: Mapping[str, str]) -> None:
 def _try_cuts(model: nn.Module, cuts: Sequence[Cut], inputs: Inputs, fill: dict[str, Tensor]) -> tuple[Changes, str]:
     """Make the cuts. Returns the changes and, if the result is wrong, the reason, else an empty string."""
     changes = Changes()
-    dropped = _dropped_positions(cuts)
+    dropped = dropped_positions(cuts)
     written = {place.layer: gone for place, gone in dropped.items() if place.axis == "out"}
     readers = {place.layer: written.get(place.layer, set()) for place in dropped if place.axis == "in"}
     torch.manual_seed(0)  # for a model that draws numbers, the same in both calls
-    with _hold_dropped_inputs(model, cuts, fill), _outputs_of(model, readers) as wanted:
+    with _hold_dropped_inputs(model, dropped, fill), _outputs_of(model, readers) as wanted:
         wanted[""] = _floats_in(call(model, inputs))
     try:
-        _apply(model, cuts, fill, changes)
+        _apply(model, dropped, fill, changes)
+        for one in cuts:
+            _follow_modules(model, one, changes)
         follow_widths(model, cuts, changes)
         torch.manual_seed(0)
         with _outputs_of(model, {name: set() for name in readers}) as got:
@@ -131,11 +145,11 @@ def _outputs_of(model: nn.Module, layers: Mapping[str, set[int]]) -> Iterator[di
 
 
 @contextmanager
-def _hold_dropped_inputs(model: nn.Module, cuts: Iterable[Cut], fill: dict[str, Tensor]) -> Iterator[None]:
+def _hold_dropped_inputs(model: nn.Module, dropped: Dropped, fill: dict[str, Tensor]) -> Iterator[None]:
     """Let the layers read the fill of dropped units, or zero: their columns are zero, and the bias has the rest."""
     changes = Changes()
     try:
-        for place, drop in _dropped_positions(cuts).items():
+        for place, drop in dropped.items():
             if place.axis == "in":
                 layer: Any = model.get_submodule(place.layer)
                 _fold(layer, sorted(drop), fill.get(place.layer), changes)
@@ -182,9 +196,8 @@ def _difference(name: str, wanted: Sequence[Tensor], got: Sequence[Tensor]) -> s
     return ""
 
 
-def _apply(model: nn.Module, cuts: Sequence[Cut], fill: dict[str, Tensor], changes: Changes) -> None:
+def _apply(model: nn.Module, dropped: Dropped, fill: dict[str, Tensor], changes: Changes) -> None:
     """Slice every layer once along each axis: a layer that reads a concatenation is in several groups."""
-    dropped = _dropped_positions(cuts)
     for place, drop in dropped.items():
         layer: Any = model.get_submodule(place.layer)
         if place.axis == "in":
@@ -197,22 +210,11 @@ def _apply(model: nn.Module, cuts: Sequence[Cut], fill: dict[str, Tensor], chang
             _slice(layer, place.axis, [i for i in range(width_of(layer, place.axis)) if i not in drop], changes)
     for name in dict.fromkeys(place.layer for place in dropped):
         _follow_grouped(model.get_submodule(name), changes)
-    for one in cuts:
-        _follow_modules(model, one, changes)
 
 
-class ParameterAxis(NamedTuple):
-    """A parameter of a layer along one dimension; of the layer's weight the axis says which."""
-
-    layer: str
-    axis: Side
-    parameter: str
-    dim: int
-
-
-def _dropped_positions(cuts: Iterable[Cut]) -> dict[ParameterAxis, set[int]]:
+def dropped_positions(cuts: Iterable[Cut]) -> Dropped:
     """Positions to drop, by where they are."""
-    dropped: dict[ParameterAxis, set[int]] = {}
+    dropped: Dropped = {}
     for one in cuts:
         for member in one.group.members:
             raw = (member.parameter, member.dim) if member.axis == "raw" else ("weight", 0)

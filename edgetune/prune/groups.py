@@ -133,6 +133,7 @@ class _Finder:
                     self.places.setdefault(leaf, []).append((name, dim))
         self.values = {leaf for _, columns in self.walk.attended for leaf in columns.leaves()}
         self.heads = {leaf for parallel, _ in self.walk.attended for leaf in parallel.leaves()}
+        self.buffers = {name for name, _ in model.named_buffers()}
         self.blocked: dict[str, str] = {}  # layers whose group cannot be cut, and why
         self.left_out: dict[str, str] = {}  # layers seen that lead to no group, and why
         self.unasked: list[str] = []  # convolutions whose channels could be cut
@@ -235,7 +236,7 @@ class _Finder:
             side = "out"
         elif is_candidate(layer) and own == "weight":
             side = "out" if is_depthwise(layer) or dim == axis_of(layer, "out") else "in"
-        elif name in dict(self.model.named_buffers()):
+        elif name in self.buffers:
             return None, f"the buffer {name}"
         elif isinstance(layer, nn.MultiheadAttention):
             return None, f"{layer_name} (one raw parameter for queries, keys and values)"

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from edgetune.core.inputs import Inputs, call, token_mask
 from edgetune.core.modes import preserve_state
-from edgetune.prune.cut import replacement
+from edgetune.prune.cut import dropped_positions, replacement
 from edgetune.prune.groups import Cut
 from edgetune.prune.importance import can_fold_mean, rows_read
 from edgetune.prune.layers import CONVOLUTIONS, axis_of, is_linear, weight_of, width_of
@@ -34,7 +33,9 @@ class Correction:
 
 def corrections(model: nn.Module, cuts: Sequence[Cut], batches: Iterable[Inputs]) -> dict[str, Correction]:
     """The corrections of every linear, and convolution of size 1, that reads what the cuts take, by name."""
-    read, written = _positions(cuts, "in"), _positions(cuts, "out")
+    dropped = dropped_positions(cuts)
+    read = {place.layer: positions for place, positions in dropped.items() if place.axis == "in"}
+    written = {place.layer: positions for place, positions in dropped.items() if place.axis == "out"}
     layers = [name for name in read if _can_refit(model.get_submodule(name))]
     moments = _observe(model, layers, batches)
     return {
@@ -42,16 +43,6 @@ def corrections(model: nn.Module, cuts: Sequence[Cut], batches: Iterable[Inputs]
         for name in moments
         if moments[name][0]
     }
-
-
-def _positions(cuts: Sequence[Cut], side: Literal["in", "out"]) -> dict[str, set[int]]:
-    """What the cuts take from each layer on one side."""
-    positions: dict[str, set[int]] = {}
-    for one in cuts:
-        for member in one.group.along(side):
-            own = positions.setdefault(member.layer, set())
-            own.update(position for unit in one.drop for position in member.of_unit[unit])
-    return positions
 
 
 def _can_refit(layer: nn.Module) -> bool:

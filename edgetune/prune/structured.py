@@ -30,7 +30,7 @@ from edgetune.prune.importance import (
 from edgetune.prune.repair import corrections, refit
 from edgetune.prune.structure import cut_next, remember_config
 
-_GROUPING = "edgetune_grouping"  # the attribute of a model that says what could be cut, and what not
+_GROUPING = "edgetune_grouping"  # the attribute of a model that says what could not be cut
 Importance = Literal["activation", "magnitude", "taylor", "fisher", "wanda", "flap", "random"]
 _MOST_MISSED = 0.05  # of all units, that rounding up to one multiple may keep beyond what was asked
 
@@ -44,9 +44,8 @@ class Prune(Technique):
     Query heads that share a key-value head (GQA) are kept or removed together, so the number of heads stays a
     multiple of the key-value heads. The pruned model computes exactly what the model computes with the removed units
     set to zero (with importance "activation" or "flap", and a linear layer with bias that reads them: to their mean);
-    this is checked
-    on the example inputs. Layers whose units cannot be cut stay as they are, and the run's history names them. The
-    result is deterministic, given the weights and the sample.
+    this is checked on the example inputs. Layers whose units cannot be cut stay as they are, and the run's history
+    names them. The result is deterministic, given the weights and the sample.
     """
 
     name: ClassVar[str] = "prune"
@@ -104,7 +103,7 @@ class Prune(Technique):
         left = cut(model, cuts, sample.inputs, fill)
         kept = {member.layer for one in cuts if one.group.name in left for member in one.group.members}
         refit(model, {name: change for name, change in repairs.items() if name not in kept})
-        setattr(model, _GROUPING, replace(grouping, blocked=grouping.blocked | left))
+        setattr(model, _GROUPING, replace(grouping, groups=(), blocked=grouping.blocked | left))
         return model
 
     def note(self, model: nn.Module) -> str:
@@ -273,7 +272,7 @@ def _compared(groups: Sequence[Group], ranking: str) -> list[list[Group]]:
 
 
 def grouping_of(model: nn.Module) -> Grouping:
-    """What the last `prune` of a model could cut, and what it left and why."""
+    """What the last `prune` of a model left, and why; its groups are not kept."""
     grouping: Grouping = getattr(model, _GROUPING, Grouping((), {}, ()))
     return grouping
 

@@ -59,6 +59,10 @@ class Walk:
             isinstance(value, fx.Node) and isinstance(value.meta.get("val"), Tensor) and self.values[value] is not None
         )
 
+    def first(self, given: dict[str, Any]) -> Axes:
+        """The axes of the first tensor among the arguments of an operator."""
+        return self.axes(next(value for value in given.values() if self.is_tensor(value)))
+
     def is_parameter(self, value: Any) -> bool:
         """Whether it is a parameter, or a view of one."""
         while isinstance(value, fx.Node) and value.op != "get_attr" and len(value.all_input_nodes) == 1:
