@@ -11,7 +11,6 @@ Writes docs/bench-prune.md and .json after each row. Exit code 1 where something
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,18 +86,7 @@ class Pruned(Trained):
 
     def rate(self, share: int) -> float:
         """The learning rate of the recovery that was best on validation rows."""
-        from edgetune.tasks.quality import quality
-
-        path = WORK / f"{self.name}-rates.json"
-        rates: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-        if str(share) not in rates:
-            reached = {}
-            for rate in RATES:
-                fold, _ = self.changed_by(self.recovering({}, share, rate))
-                reached[rate] = quality(fold.model, fold.validation_split, 64).value
-            rates[str(share)] = max(reached, key=reached.__getitem__)
-            path.write_text(json.dumps(rates))
-        return rates[str(share)]
+        return self.best_rate(str(share), RATES, lambda rate: self.recovering({}, share, rate))
 
 
 def macs_of(model: Any, fold: Any) -> float:

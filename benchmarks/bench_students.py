@@ -11,7 +11,6 @@ Writes docs/bench-students.md and .json after each row. Exit code 1 where someth
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -66,21 +65,8 @@ class Students(Trained):
         return {**row, "int4_quality": self.quality_of(fold.model)["quality"], **self.exported(fold)}
 
     def rate(self, loss: str) -> float:
-        """The learning rate that was best on validation rows."""
-        path = WORK / "rates.json"
-        rates: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
-        if loss not in rates:
-            qualities = {rate: self.validated(steps_of(3, loss, rate)) for rate in RATES}
-            rates[loss] = max(qualities, key=qualities.__getitem__)
-            path.write_text(json.dumps(rates))
-        return rates[loss]
-
-    def validated(self, steps: Steps) -> float:
-        """Quality on validation rows."""
-        from edgetune.tasks.quality import quality
-
-        fold, _ = self.changed_by(steps)
-        return quality(fold.model, fold.validation_split, 64).value
+        """The learning rate that was best on validation rows, with 3 blocks."""
+        return self.best_rate(loss, RATES, lambda rate: steps_of(3, loss, rate))
 
 
 def steps_of(blocks: int, loss: str, rate: float) -> Steps:

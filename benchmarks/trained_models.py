@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ class Trained:
         torch.set_num_threads(1)
         self.name, self.seed, self.task, self.folder = name, seed, task, work / f"{file_name(name)}-{seed}"
         self.fold = self.prepare([*task.train])
+        self.rates = work / f"{file_name(name)}-rates.json"
         trained = work / f"{file_name(name)}-{seed}.pt"
         if trained.exists():
             self.model = torch.load(trained, weights_only=False)
@@ -66,6 +69,20 @@ class Trained:
         seconds = time.process_time() - begun
         fold.model.requires_grad_(False)
         return fold, {**self.quality_of(fold.model), "cpu_s": seconds, "stored_mib": stored_bytes(fold.model) / MIB}
+
+    def best_rate(self, key: str, rates: Sequence[float], steps_of: Callable[[float], Steps]) -> float:
+        """The learning rate that is best on validation rows, kept for all seeds under a key."""
+        from edgetune.tasks.quality import quality
+
+        chosen: dict[str, float] = json.loads(self.rates.read_text()) if self.rates.exists() else {}
+        if key not in chosen:
+            reached: dict[float, float] = {}
+            for rate in rates:
+                fold, _ = self.changed_by(steps_of(rate))
+                reached[rate] = quality(fold.model, fold.validation_split, 64).value
+            chosen[key] = max(reached, key=reached.__getitem__)
+            self.rates.write_text(json.dumps(chosen))
+        return chosen[key]
 
     def exported(self, fold: Any) -> Row:
         """What its program is. The seeds' programs are alike, so one is enough."""
